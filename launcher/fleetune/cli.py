@@ -1,0 +1,178 @@
+"""The commands. Every body imports what it needs when it runs, so that help and completion stay fast."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from fleetune.schema import Recipe
+
+app = typer.Typer(name="fleetune", no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Fine-tune and distil Transformers models from one YAML recipe, on a laptop or a cluster.")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False,
+                                                       help="Changes to the recipe, e.g. training.learning_rate=3e-5.")]
+Nodes = Annotated[int, typer.Option(min=1, help="More than 1 emulates nodes on this machine.")]
+Nproc = Annotated[int | None, typer.Option(min=1, help="Ranks on each node; the GPUs, or 1, when absent.", show_default=False)]
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    for line in message.splitlines():
+        typer.echo(f"error: {line}" if not line.startswith(" ") else line, err=True)
+    raise typer.Exit(code)
+
+
+def _load(file: Path, overrides: list[str] | None) -> Recipe:
+    from fleetune.recipe import load_recipe
+    from fleetune.schema import RecipeError
+
+    try:
+        return load_recipe(file, overrides)
+    except RecipeError as error:
+        _fail(str(error))
+
+
+@app.command()
+def run(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc = None, nodes: Nodes = 1,
+        fresh: Annotated[bool, typer.Option("--fresh", help="A new run under the next free name.")] = False,
+        baseline: Annotated[bool, typer.Option("--baseline", help="Also train the same model from scratch.")] = False) -> None:
+    """Train a recipe on this machine; the same command again goes on where it stopped."""
+    from fleetune import runs
+    from fleetune.cluster import local
+
+    loaded = _load(recipe, overrides)
+    layout = local.plan_layout(nodes, nproc_per_node)
+    outcome = _attempt(loaded, layout, fresh)
+    folders = [outcome.run.path]
+    if baseline and not loaded.model.from_scratch:
+        scratch = outcome.run.recipe().model_copy(update={
+            "name": f"{outcome.run.path.name}-from-scratch", "model": loaded.model.model_copy(update={"from_scratch": True})})
+        typer.echo(f"\nbaseline  {scratch.name}: the same model from scratch")
+        runs.write_json(outcome.run.path / "run.json", {**outcome.run.info(), "baseline": scratch.name})
+        folders.append(_attempt(scratch, layout, fresh=False).run.path)
+    typer.echo("")
+    _print_comparison(folders)
+
+
+def _attempt(recipe: Recipe, layout: Any, fresh: bool) -> Any:
+    """One attempt with its progress shown; leaves the program where it fails."""
+    from fleetune.cluster import local, progress
+    from fleetune.schema import RecipeError
+
+    try:
+        with progress.shown() as watch:
+            outcome = local.run_recipe(recipe, layout, fresh=fresh, say=typer.echo, watch=watch)
+    except RecipeError as error:
+        _fail(str(error))
+    except local.PreparationFailed as error:
+        _fail(f"preparing failed:\n{error}", 1)
+    if outcome.exit_code:
+        _fail(f"{outcome.run.path}: {outcome.reason}", outcome.exit_code)
+    if outcome.was_finished:
+        typer.echo(f"{outcome.run.path} is finished; --fresh trains it again, a longer training.num_train_epochs goes on")
+    return outcome
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc = None, nodes: Nodes = 1) -> None:
+    """Validate a recipe, show what it comes to, open its data. Nothing is started."""
+    from fleetune.cluster import local
+    from fleetune.recipe import dump_recipe
+    from fleetune.schema import RecipeError, cut_batch, total_steps
+
+    loaded = _load(recipe, overrides)
+    layout = local.plan_layout(nodes, nproc_per_node)
+    try:
+        batch = cut_batch(loaded.training, layout.world_size)
+        report = local.prepare(loaded)
+    except RecipeError as error:
+        _fail(str(error))
+    except local.PreparationFailed as error:
+        _fail(f"preparing failed:\n{error}", 1)
+    typer.echo(dump_recipe(loaded))
+    typer.echo(f"batch     {batch}")
+    rows = report["rows"]["train"]
+    typer.echo(f"steps     {total_steps(loaded.training, rows, batch)} = {loaded.training.num_train_epochs:g} epoch(s) of {rows} rows"
+               if loaded.training.max_steps is None else f"steps     {loaded.training.max_steps}")
+    typer.echo(f"model     {report['parameters'] / 1e6:.1f}M parameters, {report['trainable_parameters'] / 1e6:.1f}M trainable")
+    for split, count in report["rows"].items():
+        labels = ", ".join(f"{name}: {n}" for name, n in zip(report["label_names"], report["labels"].get(split, ()), strict=False))
+        typer.echo(f"{split:10}{count} rows, {report['tokens'][split] / count:.1f} tokens each, "
+                   f"{report['truncated'][split]} cut at {loaded.data.max_length}" + (f"; {labels}" if labels else ""))
+    for step, touched in report["cleaning"].items():
+        typer.echo(f"cleaning  {step}: " + ", ".join(f"{n} rows of {split}" for split, n in touched.items()))
+    if "warning" in report:
+        typer.echo(f"warning   {report['warning']}")
+
+
+@app.command("eval")
+def evaluate(
+    run_or_model: Annotated[Path, typer.Argument(help="A run's folder, or a model folder that Fleetune wrote.", show_default=False)],
+    data: Annotated[str | None, typer.Option(help="Other data: a file, or a hub data set.", show_default=False)] = None,
+    split: Annotated[str | None, typer.Option(
+        help="Which of the recipe's splits (test, or validation, when absent); with --data of a hub data set, its split.",
+        show_default=False)] = None,
+) -> None:
+    """Evaluate a trained model on test or other data."""
+    import json
+    import subprocess
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from fleetune.cluster import local
+
+    command = [sys.executable, "-m", "fleetune.train.evaluate_folder", str(run_or_model)]
+    command += ["--data", data] if data is not None else []
+    command += ["--split", split] if split is not None else []
+    done = subprocess.run(command, env=local.rank_environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        _fail(local.error_of(done.stderr), done.returncode)
+    report = json.loads(done.stdout)
+    table = Table(title=f"{report['model']} on {report['data']} ({report['rows']} rows)", title_justify="left")
+    for name in report["metrics"]:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{value:.4f}" for value in report["metrics"].values()))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@app.command()
+def compare(folders: Annotated[list[Path], typer.Argument(metavar="RUN...", show_default=False)]) -> None:
+    """A table of runs, each with its from-scratch baseline where there is one."""
+    _print_comparison(folders)
+
+
+def _print_comparison(folders: list[Path]) -> None:
+    from rich.console import Console
+
+    from fleetune import report
+    from fleetune.schema import RecipeError
+
+    try:
+        table = report.comparison(folders)
+    except RecipeError as error:
+        _fail(str(error))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@app.command()
+def schema() -> None:
+    """The JSON Schema of a recipe, for editors: # yaml-language-server: $schema=fleetune.schema.json"""
+    import json
+
+    from fleetune.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Runs on this machine: prepares once, starts the ranks as a cluster would, watches them. No torch here."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from fleetune import runs
+from fleetune.recipe import dump_recipe
+from fleetune.schema import Recipe, RecipeError, cut_batch, total_steps
+
+GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL for the ranks that are left when one has failed
+
+
+class PreparationFailed(RuntimeError):
+    """Preparing broke in a way that is nobody's recipe; carries the last lines."""
+
+
+def count_gpus() -> int:
+    """NVIDIA's and AMD's GPUs that this process may use, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("HIP_VISIBLE_DEVICES"))
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    nvidia = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    amd = list(Path("/sys/module/amdgpu/drivers").glob("pci:amdgpu/*:*")) if Path("/dev/kfd").exists() else []
+    return len(nvidia) or len(amd)
+
+
+@dataclass(frozen=True)
+class Layout:
+    nodes: int
+    nproc_per_node: int
+    threads: int  # of each rank
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.nproc_per_node
+
+    def stored(self) -> dict[str, int]:
+        return {"nodes": self.nodes, "nproc_per_node": self.nproc_per_node, "threads": self.threads}
+
+
+def plan_layout(nodes: int, nproc_per_node: int | None) -> Layout:
+    nproc = nproc_per_node or count_gpus() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // (nodes * nproc)))
+    return Layout(nodes, nproc, threads)
+
+
+def rank_environment() -> dict[str, str]:
+    quiet = {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+             "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
+    if count_gpus() == 0:
+        quiet["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it has to find out
+    return {**quiet, **os.environ}
+
+
+def prepare(recipe: Recipe) -> dict[str, Any]:
+    """Checks the recipe against model, data and machine and fills the token cache, in a process of its own.
+
+    Raises:
+        RecipeError: something does not fit.
+        PreparationFailed: it broke.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(dump_recipe(recipe))
+        file.flush()
+        done = subprocess.run([sys.executable, "-m", "fleetune.train.prepare", file.name], env=rank_environment(),
+                              capture_output=True, text=True, check=False)
+    if done.returncode == runs.WRONG:
+        raise RecipeError(error_of(done.stderr))
+    if done.returncode != runs.DONE:
+        raise PreparationFailed("\n".join(done.stderr.strip().splitlines()[-15:]))
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def error_of(log: str) -> str:
+    """The message that a process left in its log, or its last line."""
+    _, marker, message = log.rpartition("fleetune: error: ")
+    return message.strip() if marker else (log.strip().splitlines() or ["it left no message"])[-1]
+
+
+@dataclass
+class Outcome:
+    run: runs.Run
+    exit_code: int
+    reason: str
+    was_finished: bool = False
+
+
+def run_recipe(recipe: Recipe, layout: Layout, *, fresh: bool, say: Callable[[str], None],
+               watch: Callable[[str], None]) -> Outcome:
+    """One attempt of a recipe, from its start or its newest checkpoint. `say` gets messages, `watch` rank 0's lines.
+
+    Raises:
+        RecipeError, PreparationFailed: before any folder is made.
+    """
+    batch = cut_batch(recipe.training, layout.world_size)
+    say("preparing the data")
+    report = prepare(recipe)
+    steps = total_steps(recipe.training, report["rows"]["train"], batch)
+    for step, touched in report["cleaning"].items():
+        say(f"cleaning  {step}: " + ", ".join(f"{count} rows of {split}" for split, count in touched.items()))
+    if "warning" in report:
+        say(f"warning  {report['warning']}")
+    run = runs.open_run(recipe, layout.stored(), fresh)
+    if runs.is_finished(run, steps):
+        return Outcome(run, runs.DONE, "finished before", was_finished=True)
+    with runs.lease(run) as lease:
+        nodes = [f"{socket.gethostname()}/{node}" if layout.nodes > 1 else socket.gethostname() for node in range(layout.nodes)]
+        attempt, start = runs.start_attempt(run, nodes), time.monotonic()
+        code, reason = runs.FAILED, "interrupted"
+        try:
+            code, reason = _Ranks(run, layout, run.logs(attempt), watch).wait(lease.beat)
+        except KeyboardInterrupt:
+            code = 128 + signal.SIGINT
+        finally:
+            runs.end_attempt(run, attempt, code, reason, nodes, time.monotonic() - start)
+    return Outcome(run, code, reason)
+
+
+@dataclass
+class _Ranks:
+    """The processes of one attempt."""
+
+    run: runs.Run
+    layout: Layout
+    logs: Path
+    watch: Callable[[str], None]
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        port = _free_port()
+        for rank in range(self.layout.world_size):
+            node, local = divmod(rank, self.layout.nproc_per_node)
+            environment = rank_environment() | {
+                "RANK": str(rank), "WORLD_SIZE": str(self.layout.world_size), "LOCAL_RANK": str(local),
+                "LOCAL_WORLD_SIZE": str(self.layout.nproc_per_node), "LOCAL_SIZE": str(self.layout.nproc_per_node),
+                "NODE_RANK": str(node), "GROUP_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": str(self.layout.threads), "FLEETUNE_LOGS": str(self.logs),
+            }
+            if sys.platform == "linux":
+                environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve must not matter
+            with self.log(rank).open("a") as log:
+                self.processes.append(subprocess.Popen(
+                    [sys.executable, "-m", "fleetune.train", str(self.run.path)], env=environment, stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE if rank == 0 else log, stderr=log, text=True, start_new_session=True,
+                    preexec_fn=_die_with_parent if sys.platform == "linux" else None))
+
+    def log(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.log"
+
+    def wait(self, beat: Callable[[], None]) -> tuple[int, str]:
+        """Until all are done, or one has failed and the others are stopped: (exit code, reason)."""
+        output = self.processes[0].stdout
+        assert output is not None
+        relay = threading.Thread(target=self._relay, args=(output,), daemon=True)
+        relay.start()
+        try:
+            while True:
+                codes = [process.poll() for process in self.processes]
+                failed = next((rank for rank, code in enumerate(codes) if code), None)
+                if failed is not None:
+                    return self._failure(failed, codes[failed] or 0)
+                if all(code == 0 for code in codes):
+                    return runs.DONE, "done"
+                beat()
+                time.sleep(0.1)
+        finally:
+            self.stop()
+            relay.join(timeout=5.0)
+
+    def _failure(self, rank: int, code: int) -> tuple[int, str]:
+        if code < 0:
+            reason = f"rank {rank} was killed by {signal.Signals(-code).name}"
+        else:
+            reason = f"rank {rank}: " + error_of(self.log(rank).read_text(encoding="utf-8", errors="replace"))
+        kept = code if code in (runs.WRONG, runs.FAILED_FOR_GOOD, runs.SAVED) else runs.FAILED
+        return kept, f"{reason}\n  log: {self.log(rank)}"
+
+    def _relay(self, output: IO[str]) -> None:
+        with self.log(0).open("a") as log:
+            for line in output:
+                log.write(line)
+                log.flush()
+                self.watch(line.rstrip("\n"))
+
+    def stop(self) -> None:
+        """SIGTERM to every rank that is left, SIGKILL after a grace."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            for process in self.processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, kind)
+            while any(process.poll() is None for process in self.processes) and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives its spawner
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

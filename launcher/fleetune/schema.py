@@ -1,0 +1,358 @@
+"""The recipe's schema: what may stand in it, what fits together, and how its batch is cut. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class RecipeError(ValueError):
+    """One or more faults of a recipe, each a line with the file, the key's path, the value and what would be right."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True,
+                              allow_inf_nan=False, protected_namespaces=())
+
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Model(Section):
+    model_name_or_path: str
+    """A hub name, a folder, or package://NAME/FOLDER for a model inside an installed Python package."""
+    revision: str | None = None
+    """The hub revision of the model and its tokenizer."""
+    num_labels: Annotated[int, Field(ge=1)] | None = None
+    """Classes; counted from the training data when absent. Regression has one."""
+    label_names: list[str] | None = None
+    """The classes' names, in the order of their numbers; they stand in the saved config."""
+    from_scratch: bool = False
+    """Keeps the architecture and the tokenizer and draws fresh weights: the baseline."""
+    freeze: list[str] = []
+    """Parameters that do not train: dotted names, with * for any run of characters (`*.embeddings.*`, `*.layer.0.*`)."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
+    gradient_checkpointing: bool = False
+    """Recomputes activations in the backward pass: less memory, about a third more time."""
+    config: dict[str, bool | int | float | str] = {}
+    """Values that replace those of the model's own config, e.g. hidden_dropout_prob: 0.0."""
+    trust_remote_code: bool = False
+
+
+class Source(Section):
+    path: str
+    """A hub data set, or a local .tsv, .csv, .json, .jsonl or .parquet file."""
+    name: str | None = None
+    """The hub data set's configuration, e.g. sst2."""
+    split: str | None = None
+    """The hub data set's split; `train` when absent."""
+    revision: str | None = None
+    limit: Positive | None = None
+    """Takes the first rows only."""
+    where: dict[str, bool | int | float | str] = {}
+    """Keeps the rows whose columns have these values, e.g. {split: train}."""
+
+
+Cleaning = Literal["unicode_nfc", "unicode_nfkc", "strip_html", "collapse_whitespace", "drop_empty", "drop_duplicates",
+                   "drop_leaked"]
+
+
+class Augmentation(Section):
+    kind: Literal["word_dropout", "random_swap", "random_deletion"]
+    """word_dropout puts the tokenizer's unknown or mask token in a word's place; the others swap or delete words."""
+    probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """For each word."""
+
+
+class Data(Section):
+    train: Source
+    validation: Source | None = None
+    test: Source | None = None
+    text_column: str = "text"
+    text_pair_column: str | None = None
+    label_column: str = "label"
+    weight_column: str | None = None
+    """A column of per-example weights; each loss is divided by their sum."""
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Splits validation off the training data, by seed, where there is no validation split."""
+    max_length: Annotated[int, Field(ge=2)] = 128
+    """Tokens; what is longer is cut, and counted."""
+    cleaning: list[Cleaning] = []
+    """Steps in the order they run; each reports how many rows it touched."""
+    augmentation: list[Augmentation] = []
+    """Training rows only, drawn anew every epoch by (seed, epoch, row)."""
+
+
+class CrossEntropy(Section):
+    kind: Literal["cross_entropy"]
+    weight: float = 1.0
+    label_smoothing: Fraction = 0.0
+    class_weights: list[NotNegative] | None = None
+    """One weight for each class, as in PyTorch: the mean divides by the sum of the examples' class weights."""
+
+
+class MeanSquaredError(Section):
+    kind: Literal["mse"]
+    weight: float = 1.0
+
+
+class L1Penalty(Section):
+    kind: Literal["l1_penalty"]
+    weight: NotNegative
+    """Times the sum of |p|."""
+    parameters: list[str] = ["*.weight"]
+    """Dotted names, with * for any run of characters."""
+
+
+class L2Penalty(Section):
+    kind: Literal["l2_penalty"]
+    weight: NotNegative
+    """Times the sum of p². It goes through Adam's moments, which training.weight_decay does not."""
+    parameters: list[str] = ["*.weight"]
+    """Dotted names, with * for any run of characters."""
+
+
+Loss = Annotated[CrossEntropy | MeanSquaredError | L1Penalty | L2Penalty, Field(discriminator="kind")]
+
+
+class Training(Section):
+    num_train_epochs: Annotated[float, Field(gt=0.0)] = 3.0
+    max_steps: Positive | None = None
+    """Optimizer steps; goes before num_train_epochs."""
+    per_device_train_batch_size: Positive = 8
+    """The micro-batch of one rank; with global_batch_size the most that one may have."""
+    gradient_accumulation_steps: Positive | None = None
+    global_batch_size: Positive | None = None
+    """Examples of one optimizer step over all ranks; keeps the same when the number of ranks changes."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 5.0e-5
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: Fraction = 0.0
+    """Share of the steps over which the learning rate rises from 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Goes before warmup_ratio."""
+    weight_decay: NotNegative = 0.0
+    """AdamW's decoupled decay, kept off biases and norms."""
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0.0)] = 1.0e-8
+    max_grad_norm: NotNegative = 1.0
+    """The gradient's norm over all parameters is clipped to this; 0 leaves it."""
+    bf16: bool = False
+    fp16: bool = False
+    """On a GPU only, with a dynamic loss scale."""
+    group_by_length: bool = True
+    """Batches of like length in random order: less padding, every example once an epoch."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    logging_steps: Positive = 10
+
+
+class DeepSpeed(Section):
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where the optimizer's state and step live; ZeRO 1 to 3."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """Where idle parameter shards live; ZeRO-3."""
+
+
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss"]
+
+
+class Evaluation(Section):
+    metrics: list[Metric] | None = None
+    """The loss is always among them; accuracy, f1 and matthews, or pearson, spearman and mse, when absent."""
+    eval_steps: Positive | None = None
+    """Optimizer steps between evaluations; once an epoch, and at the end, when absent."""
+    per_device_eval_batch_size: Positive = 64
+    metric_for_best_model: Metric | None = None
+    """Chooses the best checkpoint on the validation split; the first of `metrics` when absent."""
+    early_stopping_patience: Positive | None = None
+    """Stops after so many evaluations without a better metric."""
+    early_stopping_threshold: NotNegative = 0.0
+    """What counts as better, in the metric's own units."""
+
+
+class Checkpoint(Section):
+    save_steps: Positive | None = None
+    """Optimizer steps between checkpoints; at each evaluation when absent."""
+    save_total_limit: Positive = 2
+    """The last ones that are kept, beside the best."""
+
+
+class Wandb(Section):
+    project: str = "fleetune"
+    entity: str | None = None
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online where a key is there and the server answers, offline otherwise."""
+    tags: list[str] = []
+
+
+class Tracking(Section):
+    wandb: Wandb | None = None
+
+
+class Recipe(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """The run's folder is output_dir/name."""
+    task: Literal["classification", "regression"]
+    output_dir: str = "runs"
+    model: Model
+    data: Data
+    losses: list[Loss] = []
+    """A list, whatever the objective; cross_entropy for classification and mse for regression when absent."""
+    training: Training = Training()
+    deepspeed: DeepSpeed = DeepSpeed()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+
+
+DATA_SUFFIXES = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
+CLASSIFICATION_METRICS: tuple[Metric, ...] = ("accuracy", "f1", "matthews")
+REGRESSION_METRICS: tuple[Metric, ...] = ("pearson", "spearman", "mse")
+LOWER_IS_BETTER = ("loss", "mse")
+
+
+# ---------------------------------------------------------------- what fits together
+
+def losses_of(recipe: Recipe) -> list[Any]:
+    """The recipe's losses, or the task's own where it names none."""
+    if recipe.losses:
+        return list(recipe.losses)
+    return [CrossEntropy(kind="cross_entropy") if recipe.task == "classification" else MeanSquaredError(kind="mse")]
+
+
+def metrics_of(recipe: Recipe) -> tuple[Metric, ...]:
+    default = CLASSIFICATION_METRICS if recipe.task == "classification" else REGRESSION_METRICS
+    return tuple(recipe.evaluation.metrics) if recipe.evaluation.metrics else default
+
+
+def best_metric_of(recipe: Recipe) -> Metric:
+    return recipe.evaluation.metric_for_best_model or metrics_of(recipe)[0]
+
+
+def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    """Each impossible combination as (key path, value, what would be right)."""
+    classification = recipe.task == "classification"
+    if not classification and recipe.model.num_labels not in (None, 1):
+        yield "model.num_labels", recipe.model.num_labels, "regression has one output: 1, or leave it out"
+    if classification and recipe.model.num_labels == 1:
+        yield "model.num_labels", 1, "classification needs at least 2 classes; `task: regression` has one output"
+    names = recipe.model.label_names
+    if names is not None and len(set(names)) != len(names):
+        yield "model.label_names", names, "a name stands there twice"
+    if names is not None and recipe.model.num_labels not in (None, len(names)):
+        yield "model.label_names", names, f"should be {recipe.model.num_labels} names, as model.num_labels says"
+    wrong = "mse" if classification else "cross_entropy"
+    kinds = [loss.kind for loss in losses_of(recipe)]
+    for index, loss in enumerate(recipe.losses):
+        if loss.kind == wrong:
+            yield f"losses.{index}.kind", loss.kind, f"does not fit task: {recipe.task}; " + (
+                "use cross_entropy" if classification else "use mse")
+        weights = loss.class_weights if isinstance(loss, CrossEntropy) else None
+        if weights is not None and recipe.model.num_labels not in (None, len(weights)):
+            yield f"losses.{index}.class_weights", weights, f"should be {recipe.model.num_labels} numbers, as model.num_labels says"
+        if weights is not None and not any(weights):
+            yield f"losses.{index}.class_weights", weights, "at least one should be above 0"
+        if kinds.index(loss.kind) != index and loss.kind in ("cross_entropy", "mse"):
+            yield f"losses.{index}.kind", loss.kind, "stands in the list twice; give one of them the weight"
+    if all(kind.endswith("_penalty") for kind in kinds):
+        yield "losses", kinds, "penalties alone teach nothing: add " + ("cross_entropy" if classification else "mse")
+    legal = (CLASSIFICATION_METRICS if classification else REGRESSION_METRICS) + ("loss",)
+    for index, metric in enumerate(recipe.evaluation.metrics or ()):
+        if metric not in legal:
+            yield f"evaluation.metrics.{index}", metric, f"does not fit task: {recipe.task}; legal: {', '.join(legal)}"
+    best = recipe.evaluation.metric_for_best_model
+    if best is not None and best not in (*metrics_of(recipe), "loss"):
+        yield ("evaluation.metric_for_best_model", best,
+               f"is not computed; legal: {', '.join(dict.fromkeys((*metrics_of(recipe), 'loss')))}")
+    has_validation = recipe.data.validation is not None or recipe.data.validation_fraction is not None
+    if recipe.data.validation is not None and recipe.data.validation_fraction is not None:
+        yield ("data.validation_fraction", recipe.data.validation_fraction,
+               "there is a validation split already; leave one of the two out")
+    if not has_validation:
+        for key in ("eval_steps", "early_stopping_patience", "metric_for_best_model"):
+            if getattr(recipe.evaluation, key) is not None:
+                yield (f"evaluation.{key}", getattr(recipe.evaluation, key),
+                       "there is no validation data: give data.validation or data.validation_fraction")
+    yield from _training_combinations(recipe)
+
+
+def _training_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    training, deepspeed, data = recipe.training, recipe.deepspeed, recipe.data
+    if training.bf16 and training.fp16:
+        yield "training.fp16", True, "bf16 is on already; choose one"
+    if training.warmup_steps and training.warmup_ratio:
+        yield "training.warmup_steps", training.warmup_steps, "training.warmup_ratio says it already; leave one out"
+    if training.global_batch_size and training.gradient_accumulation_steps:
+        per_rank = training.global_batch_size % training.gradient_accumulation_steps
+        if per_rank:
+            yield ("training.global_batch_size", training.global_batch_size,
+                   f"does not divide by gradient_accumulation_steps = {training.gradient_accumulation_steps}")
+    if deepspeed.offload_optimizer != "none" and deepspeed.zero_stage == 0:
+        yield "deepspeed.offload_optimizer", deepspeed.offload_optimizer, "needs zero_stage 1, 2 or 3"
+    if deepspeed.offload_param != "none" and deepspeed.zero_stage != 3:
+        yield "deepspeed.offload_param", deepspeed.offload_param, "needs zero_stage 3"
+    if data.text_pair_column is not None and data.augmentation:
+        yield "data.augmentation", [a.kind for a in data.augmentation], "is for one text, not for a pair (data.text_pair_column)"
+    columns = [c for c in (data.text_column, data.text_pair_column, data.label_column, data.weight_column) if c]
+    if len(set(columns)) != len(columns):
+        yield "data.label_column", data.label_column, f"the columns should differ, these are {', '.join(columns)}"
+    for name, source in (("train", data.train), ("validation", data.validation), ("test", data.test)):
+        if source is not None and Path(source.path).is_absolute():
+            if not Path(source.path).exists():
+                yield f"data.{name}.path", source.path, "there is no such file"
+            elif Path(source.path).suffix not in DATA_SUFFIXES:
+                yield f"data.{name}.path", source.path, f"should be a file of {', '.join(DATA_SUFFIXES)}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How a global batch is cut: `global_batch_size` examples = world_size x accumulation x micro_batch_size."""
+
+    global_batch_size: int
+    world_size: int
+    gradient_accumulation_steps: int
+    micro_batch_size: int
+
+    def __str__(self) -> str:
+        return (f"{self.global_batch_size} examples a step = {self.world_size} rank(s) x "
+                f"{self.gradient_accumulation_steps} micro-batch(es) x {self.micro_batch_size}")
+
+
+def cut_batch(training: Training, world_size: int) -> Batch:
+    """Raises RecipeError where the batch does not divide over the ranks."""
+    per_device, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if training.global_batch_size is None:
+        accumulation = accumulation or 1
+        return Batch(per_device * accumulation * world_size, world_size, accumulation, per_device)
+    key = f"training.global_batch_size = {training.global_batch_size}"
+    per_rank, rest = divmod(training.global_batch_size, world_size)
+    if rest or not per_rank:
+        raise RecipeError(f"{key}: does not divide over {world_size} ranks; the nearest that does: "
+                          f"{max(1, round(training.global_batch_size / world_size)) * world_size}")
+    accumulation = accumulation or next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= per_device)
+    micro, rest = divmod(per_rank, accumulation)
+    if rest or micro > per_device:
+        raise RecipeError(f"{key}: {per_rank} examples a rank are not {accumulation} micro-batches of at most {per_device} "
+                          "(training.per_device_train_batch_size)")
+    return Batch(training.global_batch_size, world_size, accumulation, micro)
+
+
+def total_steps(training: Training, rows: int, batch: Batch) -> int:
+    """Optimizer steps of the whole run; the last batch of an epoch may be short."""
+    per_epoch = -(-rows // batch.global_batch_size)
+    return training.max_steps or max(1, round(training.num_train_epochs * per_epoch))
+
+
+def json_schema() -> dict[str, Any]:
+    """Of a recipe file, in which `extends` may stand too and what a base gives may be missing."""
+    schema = Recipe.model_json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "Another recipe that this one builds on."}
+    schema["title"] = "Fleetune recipe"
+    return schema

@@ -1,0 +1,131 @@
+"""Batches: which rows make a global batch, how it is cut over ranks and micro-batches, and how rows become tensors.
+
+A global batch is composed from (seed, epoch, lengths) alone, never from the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fleetune.schema import Augmentation, Batch
+from fleetune.train.data import Ints, Split
+
+POOL = 100  # global batches sorted together by length: enough that hardly any padding is left, few enough to stay mixed
+
+
+def compose_epoch(lengths: Ints, global_batch_size: int, seed: int, epoch: int, group_by_length: bool = True) -> list[Ints]:
+    """The epoch's global batches: every row exactly once, in random order, rows of like length together.
+
+    Rows are shuffled, cut into pools of POOL batches, sorted by length within each pool (ties stay shuffled), cut into
+    batches, and the batches shuffled. What is left over makes the last, shorter batch. Within a batch rows ascend in
+    length, so that neighbouring micro-batches pad alike.
+    """
+    random = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
+    order = random.permutation(len(lengths))
+    whole = len(order) - len(order) % global_batch_size
+    batches: list[Ints] = []
+    pool = POOL * global_batch_size if group_by_length else global_batch_size
+    for start in range(0, whole, pool):
+        rows = order[start:min(start + pool, whole)]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches.extend(rows.reshape(-1, global_batch_size))
+    batches = [batches[i] for i in random.permutation(len(batches))]
+    if whole < len(order):
+        last = order[whole:]
+        batches.append(last[np.argsort(lengths[last], kind="stable")])
+    return batches
+
+
+def cut_window(rows: Ints, batch: Batch, rank: int) -> list[Ints]:
+    """This rank's micro-batches of a global batch. All ranks get equally many; in a short window some may be empty."""
+    slots = -(-len(rows) // (batch.micro_batch_size * batch.world_size))
+    pieces = np.array_split(rows, slots * batch.world_size)
+    return [pieces[step * batch.world_size + rank] for step in range(slots)]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    inputs: dict[str, torch.Tensor]  # input_ids, attention_mask (B, L); token_type_ids (B, L) for pairs
+    labels: torch.Tensor  # (B,)
+    weights: torch.Tensor  # (B,) the examples' weights; 0 for a filler row
+    rows: Ints  # (B,) the rows' numbers in their source
+    tokens: int  # without padding
+    examples: int  # without filler rows
+
+    def to(self, device: torch.device) -> MicroBatch:
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+        return MicroBatch({name: move(tensor) for name, tensor in self.inputs.items()}, move(self.labels),
+                          move(self.weights), self.rows, self.tokens, self.examples)
+
+
+def collate(split: Split, rows: Ints, pad_token_id: int, pad_to_multiple_of: int = 1,
+            augment: Augmenter | None = None) -> MicroBatch:
+    """Pads to the longest row. No rows at all give one filler row of weight 0: every rank must run every collective."""
+    filler = len(rows) == 0
+    chosen = np.zeros(1, dtype=np.int64) if filler else rows
+    if augment is not None:
+        ids, types = augment(chosen), None
+    else:
+        spans = [slice(split.offsets[i], split.offsets[i + 1]) for i in chosen]
+        ids = [split.input_ids[span] for span in spans]
+        types = [split.token_type_ids[span] for span in spans] if split.token_type_ids is not None else None
+    lengths = np.fromiter((len(row) for row in ids), dtype=np.int64, count=len(ids))
+    width = -(-int(lengths.max()) // pad_to_multiple_of) * pad_to_multiple_of
+    mask = np.arange(width) < lengths[:, None]  # (B, L)
+    input_ids = np.full(mask.shape, pad_token_id, dtype=np.int64)
+    input_ids[mask] = np.concatenate(ids)
+    inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+    if types is not None:
+        token_type_ids = np.zeros(mask.shape, dtype=np.int64)
+        token_type_ids[mask] = np.concatenate(types)
+        inputs["token_type_ids"] = torch.from_numpy(token_type_ids)
+    weights = np.ones(len(chosen), dtype=np.float32) if split.weights is None else np.array(split.weights[chosen])
+    if filler:
+        weights[:] = 0.0
+    return MicroBatch(inputs, torch.from_numpy(np.array(split.labels[chosen])), torch.from_numpy(weights),
+                      np.array(split.index[chosen]), 0 if filler else int(lengths.sum()), 0 if filler else len(chosen))
+
+
+class Augmenter:
+    """Augments and tokenises training rows, each drawn from (seed, epoch, row) alone, so that any cut draws the same."""
+
+    def __init__(self, texts: Any, steps: list[Augmentation], tokenizer: Any, max_length: int, seed: int, epoch: int) -> None:
+        self.texts, self.steps, self.tokenizer, self.max_length = texts, steps, tokenizer, max_length
+        self.seed, self.epoch = seed, epoch
+        self.blank = tokenizer.mask_token or tokenizer.unk_token or ""
+
+    def __call__(self, rows: Ints) -> list[Any]:
+        texts = [augment_text(text, self.steps, self.blank, np.random.default_rng([self.seed, self.epoch, int(row)]))
+                 for row, text in zip(rows, self.texts[rows.tolist()]["text"], strict=True)]
+        return list(self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"])
+
+
+def augment_text(text: str, steps: list[Augmentation], blank: str, random: np.random.Generator) -> str:
+    """Word by word; at least one word always stays."""
+    words = text.split()
+    for step in steps:
+        hit = random.random(len(words)) < step.probability
+        if step.kind == "word_dropout":
+            words = [blank if drop else word for word, drop in zip(words, hit, strict=True)]
+        elif step.kind == "random_deletion":
+            words = [word for word, drop in zip(words, hit, strict=True) if not drop] or words[:1]
+        else:
+            for i in np.flatnonzero(hit):
+                j = int(random.integers(len(words)))
+                words[i], words[j] = words[j], words[i]
+    return " ".join(words)
+
+
+def evaluation_batches(lengths: Ints, batch_size: int, world_size: int, rank: int) -> Iterator[Ints]:
+    """Every row once over all ranks, sorted by length; the same number of batches on every rank, some perhaps empty."""
+    order = np.argsort(lengths, kind="stable")[::-1]
+    pieces = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    pieces += [order[:0]] * (-len(pieces) % world_size)
+    yield from pieces[rank::world_size]

@@ -1,0 +1,67 @@
+"""Predictions over all ranks with nothing counted twice, and the metrics of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fleetune.schema import Recipe, metrics_of
+from fleetune.train.batches import collate, evaluation_batches
+from fleetune.train.data import Split
+from fleetune.train.distributed import World, gather_objects
+
+Floats = npt.NDArray[np.float64]
+Forward = Callable[[dict[str, torch.Tensor]], torch.Tensor]  # inputs -> logits (B, C)
+
+
+def predict(forward: Forward, split: Split, batch_size: int, pad_token_id: int, world: World) -> Floats:
+    """Logits of every row of the split, in the split's order, on every rank.  -> (rows, C)"""
+    pieces: list[tuple[Any, npt.NDArray[np.float32]]] = []
+    with torch.no_grad():
+        for rows in evaluation_batches(split.lengths, batch_size, world.world_size, world.rank):
+            logits = forward(collate(split, rows, pad_token_id).to(world.device).inputs)
+            if len(rows):  # a filler batch only keeps the collectives in step
+                pieces.append((rows, logits.float().cpu().numpy()))
+    gathered = [piece for rank in gather_objects(pieces, world) for piece in rank]
+    order = np.concatenate([rows for rows, _ in gathered])
+    logits = np.concatenate([values for _, values in gathered]).astype(np.float64)
+    assert len(np.unique(order)) == len(split) == len(order)
+    result = np.empty_like(logits)
+    result[order] = logits
+    return result
+
+
+def compute_metrics(recipe: Recipe, logits: Floats, labels: npt.NDArray[Any]) -> dict[str, float]:
+    """The recipe's metrics and the plain loss (cross-entropy or MSE, unweighted). Undefined ones are NaN."""
+    from scipy.special import log_softmax
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    if recipe.task == "classification":
+        chosen = logits.argmax(-1)
+        loss = float(-log_softmax(logits, axis=-1)[np.arange(len(labels)), labels].mean())
+        average = "binary" if logits.shape[-1] == 2 else "macro"
+        compute: dict[str, Callable[[], float]] = {
+            "accuracy": lambda: accuracy_score(labels, chosen),
+            "f1": lambda: f1_score(labels, chosen, average=average, zero_division=0.0),
+            "matthews": lambda: matthews_corrcoef(labels, chosen),
+        }
+    else:
+        values = logits[:, 0]
+        loss = float(np.mean((values - labels) ** 2))
+        defined = len(labels) > 1 and np.ptp(values) > 0 and np.ptp(labels) > 0
+        compute = {
+            "pearson": lambda: pearsonr(values, labels)[0] if defined else np.nan,
+            "spearman": lambda: spearmanr(values, labels)[0] if defined else np.nan,
+            "mse": lambda: loss,
+        }
+    return {"loss": loss, **{name: float(compute[name]()) for name in metrics_of(recipe) if name != "loss"}}
+
+
+def evaluate(forward: Forward, split: Split, recipe: Recipe, pad_token_id: int, world: World) -> dict[str, float]:
+    logits = predict(forward, split, recipe.evaluation.per_device_eval_batch_size, pad_token_id, world)
+    return compute_metrics(recipe, logits, np.asarray(split.labels))

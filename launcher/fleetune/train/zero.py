@@ -1,0 +1,62 @@
+"""ZeRO-3's partitioned parameters: building a model in shards, and gathering it whole. No-ops without ZeRO-3."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class _Zero3Config:
+    """What Transformers asks of a DeepSpeed config; its own class for this requires accelerate."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def is_zero3(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def partitioned(config: dict[str, Any]) -> Iterator[None]:
+    """Within it, Transformers makes every module in shards and loads weights shard by shard."""
+    if config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    held = _Zero3Config(config)  # Transformers keeps a weak reference
+    set_hf_deepspeed_config(held)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def gathered_state_dict(model: nn.Module, is_main: bool) -> dict[str, torch.Tensor]:
+    """The whole state on CPU, on the main rank alone; a collective on ZeRO-3, one parameter in full at a time."""
+    state: dict[str, torch.Tensor] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    persistent = model.state_dict(keep_vars=True)
+    for name, tensor in persistent.items():
+        parameter = parameters.get(name)
+        if parameter is not None and is_partitioned(parameter):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if is_main:
+                    state[name] = parameter.detach().cpu().clone()
+        elif is_main:
+            state[name] = tensor.detach().cpu().clone()
+    return state

@@ -1,0 +1,375 @@
+"""metrics.jsonl holds everything; Weights & Biases gets each step once; training waits for nothing and nobody."""
+
+import gzip
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleetune.train import tracking
+from fleetune.train.tracking import MetricsLog, read_metrics, start_feeder, status, stop_feeder
+
+KEY = "a" * 40
+
+
+# --- metrics.jsonl ---
+
+
+def test_the_lines_of_a_step_are_merged(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", resume_step=0)
+    log.write(10, {"train/loss": 0.5})
+    log.write(10, {"eval/accuracy": 0.75})
+    log.write(20, {"train/loss": 0.25})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 10, "train/loss": 0.5, "eval/accuracy": 0.75},
+        {"step": 20, "train/loss": 0.25},
+    ]
+
+
+def test_a_line_is_json_even_when_a_value_is_not_finite(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", resume_step=0)
+    log.write(1, {"loss": math.nan, "norm": math.inf, "tokens": 3, "note": "é\u2028", "none": None})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": None, "norm": None, "tokens": 3, "note": "é\u2028", "none": None}
+    ]
+
+
+def test_a_resumed_run_drops_what_it_computes_again_and_what_a_kill_has_torn(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 2, "b": 4}\n{"step')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+    MetricsLog(path, resume_step=2).write(3, {"a": 5})
+    assert path.read_text() == '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 2, "b": 4}\n{"step": 3, "a": 5}\n'
+
+
+def test_training_imports_neither_torch_nor_wandb_with_it() -> None:
+    code = "import sys, fleetune.train.tracking; sys.exit(bool({'torch', 'wandb'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": "launcher"}).returncode == 0
+
+
+# --- The feeder ---
+
+
+class Run:
+    """A run folder with metrics in it, and the feeder's life in one call each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        (path / "recipe.yaml").write_text("name: tiny\ntraining: {seed: 7}\n")
+        self.log = MetricsLog(path / "metrics.jsonl", resume_step=0)
+
+    def write(self, *steps: int) -> None:
+        for step in steps:
+            self.log.write(step, {"loss": step / 2})
+
+    def resume(self, step: int) -> None:
+        self.log.close()
+        self.log = MetricsLog(self.path / "metrics.jsonl", resume_step=step)
+
+    def start(self, mode: str = "auto", init_timeout: float = 15.0) -> "subprocess.Popen[bytes]":
+        feeder = start_feeder(
+            self.path, run_id="abc", project="p", entity=None, mode=mode, name="tiny", tags=["t"],
+            config_path=self.path / "recipe.yaml", log_path=self.path / "logs" / "wandb.log", init_timeout=init_timeout,
+        )  # fmt: skip
+        assert feeder is not None
+        return feeder
+
+    def stop(self, feeder: "subprocess.Popen[bytes]", timeout: float = 10.0) -> str | None:
+        return stop_feeder(feeder, self.path, timeout)
+
+    def once(self, mode: str = "auto", init_timeout: float = 15.0) -> str:
+        line = self.stop(self.start(mode, init_timeout), 30.0)
+        assert line is not None, (self.path / "logs" / "wandb.log").read_text()
+        return line
+
+    def logged(self) -> list[int]:
+        """The steps in all of wandb's logs, in the order of their start."""
+        logs = sorted(tracking.wandb_logs(self.path), key=lambda log: log.parent.name.partition("run-")[2])
+        return [step for log in logs for step in tracking.logged_steps(log)]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """With a home that knows no key, and a server's address where nothing listens."""
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        yield Run(tmp_path / "run")
+
+
+def test_without_a_key_every_step_is_logged_offline_once(run: Run) -> None:
+    feeder = run.start()
+    run.write(10, 20)
+    run.log.write(20, {"eval/accuracy": 0.75})
+    run.write(30)
+    wait_for(lambda: status(run.path))
+    (run.path / "eval.json").write_text('{"step": 30, "test": {"accuracy": 0.8}}')
+    line = run.stop(feeder)
+    assert line == f"wandb: offline (no API key); send it later with: wandb sync --include-online {run.path}/wandb"
+    assert feeder.returncode == 0
+    assert run.logged() == [10, 20, 30]
+
+
+def test_a_server_that_refuses_is_left_alone_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    run.write(1, 2)
+    start = time.monotonic()
+    assert "Connection refused" in run.once()
+    assert time.monotonic() - start < 8
+    assert run.logged() == [1, 2]
+    # and the key stands in no file
+    assert not [path for path in run.path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("mode", ["auto", "online"])
+def test_a_server_that_never_answers_is_given_up(run: Run, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as black_hole:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{black_hole.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        run.write(1, 2)
+        start = time.monotonic()
+        assert run.once(mode, init_timeout=2.0).startswith("wandb: offline (")
+    assert time.monotonic() - start < 12
+    assert run.logged() == [1, 2]
+    assert [log.parent.name.startswith("offline") for log in tracking.wandb_logs(run.path)] == [True]
+
+
+def test_wandb_mode_is_obeyed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    arguments: dict[str, Any] = {"run_id": "a", "project": None, "entity": None, "name": None, "tags": []}
+    paths = {"config_path": run.path / "recipe.yaml", "log_path": run.path / "log"}
+    assert start_feeder(run.path, mode="auto", **arguments, **paths) is None
+    with pytest.raises(ValueError, match="must be auto, online, offline or disabled"):
+        start_feeder(run.path, mode="of", **arguments, **paths)
+
+
+def test_a_killed_feeder_loses_and_repeats_nothing(run: Run) -> None:
+    feeder = run.start("offline")
+    run.write(*range(0, 3000, 10))  # several blocks of the log
+    wait_for(lambda: len(run.logged()) > 50)
+    os.killpg(feeder.pid, signal.SIGKILL)
+    feeder.wait()
+    assert 0 < len(run.logged()) <= 300
+    run.write(3000)
+    run.once("offline")
+    assert run.logged() == list(range(0, 3010, 10))
+
+
+def test_the_feeder_finishes_by_itself_when_training_dies(run: Run) -> None:
+    training = f"""
+import os, sys, time
+from pathlib import Path
+from fleetune.train import tracking
+run = Path({str(run.path)!r})
+feeder = tracking.start_feeder(run, run_id="abc", project="p", entity=None, mode="offline", name=None, tags=[],
+                               config_path=run / "recipe.yaml", log_path=run / "log")
+print(feeder.pid, flush=True)
+if os.fork() == 0:  # a data loader worker, which inherits the pipe and outlives us for a while
+    os.close(1)
+    time.sleep(10)
+time.sleep(60)
+"""
+    environment = os.environ | {"PYTHONPATH": "launcher"}
+    with subprocess.Popen([sys.executable, "-c", training], stdout=subprocess.PIPE, env=environment) as trainer:
+        assert trainer.stdout is not None
+        feeder = int(trainer.stdout.readline())
+        run.write(1, 2, 3)
+        wait_for(lambda: status(run.path))
+        trainer.kill()
+    wait_for(lambda: run.logged() == [1, 2, 3])
+    wait_for(lambda: not Path(f"/proc/{feeder}/cmdline").exists())
+
+
+def test_a_feeder_that_hangs_is_killed(run: Run) -> None:
+    feeder = run.start("offline")
+    run.write(1)
+    wait_for(lambda: status(run.path))
+    os.kill(feeder.pid, signal.SIGSTOP)
+    start = time.monotonic()
+    line = run.stop(feeder, timeout=0.5)
+    assert time.monotonic() - start < 2
+    assert line is not None
+    assert "wandb sync" in line
+
+
+def test_the_signals_of_training_do_not_end_it(run: Run) -> None:
+    feeder = run.start("offline")
+    run.write(1)
+    wait_for(lambda: status(run.path))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(feeder.pid, number)
+    # wandb's own service does not ignore SIGTERM.
+    subprocess.run(["pkill", "-TERM", "-P", str(feeder.pid), "wandb-core"], check=True)
+    run.write(2, 3)
+    run.stop(feeder)
+    assert run.logged() == [1, 2, 3]
+
+
+# --- A server ---
+
+
+class Server(ThreadingHTTPServer):
+    """As much of Weights & Biases as a run needs: it keeps the history that it is sent."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.history: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self.answering = threading.Event()
+        self.answering.set()
+
+    def steps(self) -> list[int]:
+        return [row["_step"] for row in self.history]
+
+    def graphql(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
+        names = {"id": "b", "name": "abc", "displayName": "abc"}
+        project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+        if operation == "UpsertBucket":
+            count = len(self.history)
+            bucket = names | {"project": project, "historyLineCount": count}
+            return {"upsertBucket": {"inserted": not count, "bucket": bucket}}
+        if operation == "RunResumeStatus":
+            counts = {f"{kind}LineCount": len(self.history) for kind in ("log", "history", "events")}
+            texts = {
+                "summaryMetrics": json.dumps(self.summary), "historyTail": json.dumps([json.dumps(self.history[-1])]),
+                "eventsTail": "[]", "config": "{}", "wandbConfig": '{"t": 1}', "tags": [],
+            } if self.history else {}  # fmt: skip
+            return {"model": project | {"bucket": names | counts | texts if self.history else None}}
+        if operation == "CreateRunFiles":
+            files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
+            return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+        return {}
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.answering.wait()
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        reply: dict[str, Any] = {}
+        if self.path == "/graphql":
+            request = json.loads(body)
+            reply = {"data": self.server.graphql(request.get("operationName"), request["variables"])}
+        elif self.path.endswith("/file_stream"):
+            for name, part in json.loads(body).get("files", {}).items():
+                rows = [json.loads(row) for row in part["content"]]
+                if name == "wandb-history.jsonl":
+                    self.server.history[part["offset"] :] = rows
+                if name == "wandb-summary.json":
+                    self.server.summary = rows[-1]
+        content = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield server
+        server.answering.set()
+        server.shutdown()
+
+
+def sync(run: Run) -> str:
+    """What the line tells the user to do."""
+    command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(run.path / "wandb")]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def test_online_the_server_has_every_step_and_the_summary(run: Run, server: Server) -> None:
+    feeder = run.start()
+    run.write(10, 20)
+    run.log.write(20, {"eval/accuracy": 0.75})
+    (run.path / "eval.json").write_text('{"step": 20, "test": {"accuracy": 0.8}}')
+    assert run.stop(feeder) == f"wandb: {server.url}/e/p/runs/abc"
+    assert [(row["_step"], row["loss"], row.get("eval/accuracy")) for row in server.history] == [
+        (10, 5.0, None),
+        (20, 10.0, 0.75),
+    ]
+    assert server.summary["eval/test/accuracy"] == 0.8
+    assert "No runs to sync" in sync(run)
+
+
+def test_offline_attempts_are_one_run_once_they_are_sent(run: Run, server: Server) -> None:
+    run.write(10, 20, 30)
+    run.once("offline")
+    run.resume(10)
+    run.write(20, 30, 40)  # two steps are computed again
+    run.once("offline")
+    sync(run)
+    assert server.steps() == [10, 20, 30, 40]
+    assert [row["loss"] for row in server.history] == [5.0, 10.0, 15.0, 20.0]
+
+
+def test_what_a_killed_attempt_did_not_send_the_next_one_does(run: Run, server: Server) -> None:
+    server.history = [{"_step": 10, "loss": 5.0}]
+    run.write(10, 20)
+    feeder = run.start()
+    wait_for(lambda: status(run.path))
+    server.answering.clear()
+    run.write(30)
+    os.killpg(feeder.pid, signal.SIGKILL)
+    line = run.stop(feeder)
+    assert line is not None
+    assert "stopped before all was sent" in line
+    server.answering.set()
+    run.write(40)
+    run.once()
+    assert server.steps() == [10, 20, 30, 40]
+    assert "No runs to sync" in sync(run)
+
+
+def test_a_server_that_falls_silent_costs_seconds_and_no_step(run: Run, server: Server) -> None:
+    feeder = run.start()
+    run.write(10, 20)
+    wait_for(lambda: status(run.path))
+    server.answering.clear()
+    run.write(30, 40)
+    start = time.monotonic()
+    line = run.stop(feeder, timeout=8.0)
+    assert time.monotonic() - start < 9
+    assert line is not None
+    assert line.endswith(f"send it later with: wandb sync --include-online {run.path}/wandb")
+    assert run.logged() == [10, 20, 30, 40]
+    server.answering.set()
+    sync(run)
+    assert server.steps()[-4:] == [10, 20, 30, 40]
