@@ -19,7 +19,9 @@ SIZES = {"train": 3000, "validation": 500, "test": 800}
 DUPLICATES = {"train": 28, "validation": 4, "test": 4}
 EMPTY = {"train": 12, "validation": 4, "test": 4}
 TRAIN_ROWS_IN_TEST = 16
-NEGATION = re.compile(r"\b(not|never|no|nobody|nothing|cannot|hardly|anything but|far from)\b|n't\b", re.IGNORECASE)
+NEGATION = re.compile(
+    r"\b(not|never|no|nobody|nothing|none|cannot|hardly|anything but|far from)\b|n't\b", re.IGNORECASE
+)
 CONTRAST = re.compile(
     r"\b(although|though|despite|yet|but|however|while|even if|even so|still|for all)\b", re.IGNORECASE
 )

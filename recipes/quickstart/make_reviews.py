@@ -41,7 +41,7 @@ body
     28x {clause+}. {clause+}. {verdict+}. / {clause+} and {clause+}. {verdict+}.
     6x {conceded+}.
     26x {conceded+}. {verdict+}.
-    12x {mixed+}.
+    10x {mixed+}.
     5x {change+}.
     3x {hearsay+}. / {hearsay+}. {clause+}.
 
@@ -78,20 +78,20 @@ part
     2x {compared+}
     1x {double+}
 whole
-    8x {this} {product} {is} {mildly} {mild+} / {hedge} {this} {product} {is} {strongly} {strong+}
+    9x {this} {product} {is} {mildly} {mild+} / {hedge} {this} {product} {is} {strongly} {strong+}
     6x I really {love+} {this} {product} / the {product} {does} {please+} me
-    5x {whole_compared+}
+    4x {whole_compared+}
     1x {whole_double+}
 
 # As in real reviews, praise is denied more often than blame.
 part+
     2x {denied-}
 part-
-    5x {denied-}
+    4x {denied-}
 whole+
-    2x {whole_denied-}
+    1x {whole_denied-}
 whole-
-    5x {whole_denied-}
+    3x {whole_denied-}
 
 direct
     4x the {aspect} is {mildly} {mild+} / the {aspect} is {strongly} {strong+}

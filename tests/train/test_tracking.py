@@ -78,11 +78,11 @@ class Run:
         self.log.close()
         self.log = MetricsLog(self.path / "metrics.jsonl", resume_step=step)
 
-    def start(self, mode: str = "auto", init_timeout: float = 15.0) -> "subprocess.Popen[bytes]":
+    def start(self, mode: Any = "auto", init_timeout: float = 15.0) -> "subprocess.Popen[bytes]":
         feeder = start_feeder(
             self.path, run_id="abc", project="p", entity=None, mode=mode, name="tiny", tags=["t"],
             config_path=self.path / "recipe.yaml", log_path=self.path / "logs" / "wandb.log", init_timeout=init_timeout,
-        )  # fmt: skip
+        )
         assert feeder is not None
         return feeder
 
@@ -107,6 +107,11 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> None:
         time.sleep(0.05)
 
 
+def is_alive(process: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True).stdout
+    return state.strip()[:1] not in ("", "Z")
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """With a home that knows no key, and a server's address where nothing listens."""
@@ -122,6 +127,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
 def test_without_a_key_every_step_is_logged_offline_once(run: Run) -> None:
     feeder = run.start()
+    assert feeder.stdin is not None
+    os.dup(feeder.stdin.fileno())  # as a forked data loader worker does
     run.write(10, 20)
     run.log.write(20, {"eval/accuracy": 0.75})
     run.write(30)
@@ -131,6 +138,11 @@ def test_without_a_key_every_step_is_logged_offline_once(run: Run) -> None:
     assert line == f"wandb: offline (no API key); send it later with: wandb sync --include-online {run.path}/wandb"
     assert feeder.returncode == 0
     assert run.logged() == [10, 20, 30]
+
+
+def test_a_malformed_key_means_offline(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    assert run.once().startswith("wandb: offline (WANDB_API_KEY invalid: API key must have 40+ characters")
 
 
 def test_a_server_that_refuses_is_left_alone_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,17 +174,16 @@ def test_wandb_mode_is_obeyed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     arguments: dict[str, Any] = {"run_id": "a", "project": None, "entity": None, "name": None, "tags": []}
     paths = {"config_path": run.path / "recipe.yaml", "log_path": run.path / "log"}
     assert start_feeder(run.path, mode="auto", **arguments, **paths) is None
-    with pytest.raises(ValueError, match="must be auto, online, offline or disabled"):
-        start_feeder(run.path, mode="of", **arguments, **paths)
 
 
 def test_a_killed_feeder_loses_and_repeats_nothing(run: Run) -> None:
     feeder = run.start("offline")
-    run.write(*range(0, 3000, 10))  # several blocks of the log
+    run.write(*range(0, 2000, 10))  # several blocks of the log
     wait_for(lambda: len(run.logged()) > 50)
+    run.write(*range(2000, 3000, 10))
+    time.sleep(0.6)  # now some are fed that wandb has not written yet
     os.killpg(feeder.pid, signal.SIGKILL)
     feeder.wait()
-    assert 0 < len(run.logged()) <= 300
     run.write(3000)
     run.once("offline")
     assert run.logged() == list(range(0, 3010, 10))
@@ -200,7 +211,7 @@ time.sleep(60)
         wait_for(lambda: status(run.path))
         trainer.kill()
     wait_for(lambda: run.logged() == [1, 2, 3])
-    wait_for(lambda: not Path(f"/proc/{feeder}/cmdline").exists())
+    wait_for(lambda: not is_alive(feeder))
 
 
 def test_a_feeder_that_hangs_is_killed(run: Run) -> None:
@@ -259,7 +270,7 @@ class Server(ThreadingHTTPServer):
             texts = {
                 "summaryMetrics": json.dumps(self.summary), "historyTail": json.dumps([json.dumps(self.history[-1])]),
                 "eventsTail": "[]", "config": "{}", "wandbConfig": '{"t": 1}', "tags": [],
-            } if self.history else {}  # fmt: skip
+            } if self.history else {}
             return {"model": project | {"bucket": names | counts | texts if self.history else None}}
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]

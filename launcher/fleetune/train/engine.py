@@ -61,6 +61,8 @@ def start_engine(model: nn.Module, recipe: Recipe, config: dict[str, Any], penal
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, recipe.training), config=config)
     engine.penalty_values = {}
+    if engine.dp_world_size == 1 and recipe.deepspeed.zero_stage == 0:
+        engine.enable_backward_allreduce = False  # with nobody to reduce with, it would only copy the gradients twice
     take_model_step = engine._take_model_step
 
     def take_step(lr_kwargs: Any) -> None:

@@ -41,6 +41,8 @@ import yaml
 
 from fleetune import runs
 
+Mode = Literal["auto", "online", "offline", "disabled"]
+
 FLUSH_SECONDS = 1.0  # wandb writes its log this often; it loses what is younger when it is killed
 FINISH_SECONDS = 5.0  # for the last upload; `stop_feeder` waits a little longer than this
 
@@ -82,62 +84,46 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 # --- Training's side of the feeder ---
 
 
-def start_feeder(
-    run: Path,
-    *,
-    run_id: str,
-    project: str | None,
-    entity: str | None,
-    mode: str,
-    name: str | None,
-    tags: Sequence[str],
-    config_path: Path,
-    log_path: Path,
-    init_timeout: float = 15.0,
-) -> subprocess.Popen[bytes] | None:
-    """Starts the feeder; None if the mode is "disabled" or no process can be had. Raises ValueError for a bad mode.
+def start_feeder(run: Path, *, run_id: str, project: str | None, entity: str | None, mode: Mode, name: str | None,
+                 tags: Sequence[str], config_path: Path, log_path: Path,
+                 init_timeout: float = 15.0) -> subprocess.Popen[bytes] | None:
+    """Starts the feeder; None if the mode is "disabled", or, with a line on stderr, if it cannot be started.
 
-    "auto" and "online" end up offline where the server cannot be used; "auto" looks first and so finds out sooner,
-    and obeys WANDB_MODE. `status` then says why, and how to send the log later.
+    "auto" and "online" end up offline where the server cannot be used, and `status` says why. "auto" looks before it
+    tries, which is sooner done, and obeys WANDB_MODE.
     """
-    if mode not in ("auto", "online", "offline", "disabled"):
-        raise ValueError(f"tracking mode {mode!r}: must be auto, online, offline or disabled")
-    if mode == "auto" and os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        mode = os.environ["WANDB_MODE"]
-    (run / "wandb" / "status.txt").unlink(missing_ok=True)
-    if mode == "disabled":
+    asked = os.environ.get("WANDB_MODE", mode) if mode == "auto" else mode
+    if asked == "disabled":
         return None
-    (run / "wandb").mkdir(exist_ok=True)
     init = {"id": run_id, "project": project, "entity": entity, "name": name, "tags": list(tags)}
-    options = {"mode": mode, "config_path": str(config_path), "init_timeout": init_timeout, "init": init}
+    options = {"mode": asked, "config_path": str(config_path), "init_timeout": init_timeout, "init": init}
+    command = [sys.executable, "-m", "fleetune.train.tracking", str(run), json.dumps(options)]
     # The feeder runs this very code, the snapshot's or the checkout's. WANDB_SERVICE would tie it to a wandb of ours.
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"WANDB_ERROR_REPORTING": "false", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("WANDB_SERVICE", None)
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("ab") as log:
-        try:
-            return subprocess.Popen(
-                [sys.executable, "-m", "fleetune.train.tracking", str(run), json.dumps(options)],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, bufsize=0,
-                start_new_session=True,  # a Ctrl-C or the kill of our group must not take it before it has flushed
-            )  # fmt: skip
-        except OSError as error:
-            set_status(run, f"wandb: not started ({error})")
-            return None
+    try:
+        (run / "wandb").mkdir(exist_ok=True)
+        (run / "wandb" / "status.txt").unlink(missing_ok=True)
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with log_path.open("ab") as log:
+            # In a session of its own: a Ctrl-C or the kill of our group must not take it before it has flushed.
+            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
+                                    bufsize=0, start_new_session=True)
+    except OSError as error:
+        print(f"wandb: not started ({error})", file=sys.stderr, flush=True)
+        return None
 
 
 def status(run: Path) -> str | None:
     """Returns the feeder's line for the user, once there is one."""
-    with contextlib.suppress(FileNotFoundError):
-        return (run / "wandb" / "status.txt").read_text()
+    with contextlib.suppress(OSError):
+        return (run / "wandb" / "status.txt").read_text(encoding="utf-8")
     return None
 
 
-def stop_feeder(process: subprocess.Popen[bytes] | None, run: Path, timeout: float = 8.0) -> str | None:
+def stop_feeder(process: subprocess.Popen[bytes], run: Path, timeout: float = 8.0) -> str | None:
     """Lets the feeder finish, kills it after `timeout` seconds, and returns the last line for the user, if any."""
-    if process is None:
-        return status(run)
     assert process.stdin is not None
     with contextlib.suppress(OSError):
         # A word and not the end of the file alone: data loader workers forked from us hold the pipe open too.
@@ -149,13 +135,10 @@ def stop_feeder(process: subprocess.Popen[bytes] | None, run: Path, timeout: flo
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # wandb's own service ends with its parent
         process.wait()
-    if process.returncode < 0 and "send it later" not in (status(run) or ""):
-        set_status(run, f"wandb: stopped before all was sent; {send_later(run)}")
-    return status(run)
-
-
-def set_status(run: Path, line: str) -> None:
-    runs.write_text(run / "wandb" / "status.txt", line)
+    line = status(run)
+    if process.returncode < 0 and "send it later" not in (line or ""):
+        return f"wandb: stopped before all was sent; {send_later(run)}"
+    return line
 
 
 def send_later(run: Path) -> str:
@@ -168,13 +151,17 @@ def send_later(run: Path) -> str:
 # --- The feeder's side ---
 
 
+def set_status(run: Path, line: str) -> None:
+    runs.write_text(run / "wandb" / "status.txt", line)
+
+
 def wandb_logs(run: Path) -> list[Path]:
     return sorted(run.glob("wandb/*run-*/run-*.wandb"))
 
 
 def logged_steps(path: Path) -> Iterator[int]:
     """Reads the steps in a wandb log: LevelDB's framing (blocks of 32 KiB) after a header of 7 bytes, no checksums."""
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, record = path.read_bytes(), 7, b""
@@ -207,12 +194,19 @@ def fed_step(run: Path) -> int:
 
 def obstacle(timeout: float) -> str | None:
     """Returns what keeps us from the server: no key, or no answer; None if nothing does. Nothing is sent but a GET."""
-    from wandb.sdk import wandb_setup
-    from wandb.sdk.lib import wbauth
+    from wandb.errors import AuthenticationError
 
-    url = wandb_setup.singleton().settings.base_url
-    if wbauth.authenticate_session(host=url, source="fleetune", prompt=False, update_session=False) is None:
-        return "no API key"
+    try:
+        from wandb.sdk import wandb_setup
+        from wandb.sdk.lib import wbauth
+
+        url = wandb_setup.singleton().settings.base_url
+        if wbauth.authenticate_session(host=url, source="fleetune", prompt=False, update_session=False) is None:
+            return "no API key"
+    except AuthenticationError as error:
+        return str(error)
+    except (ImportError, AttributeError, TypeError):
+        return None  # these are wandb's internals, and move; its init will find out
     reasons = [f"no answer from {url} in {timeout:g} s"]
 
     def ask() -> None:
@@ -235,6 +229,22 @@ def obstacle(timeout: float) -> str | None:
     return reasons[-1] or None
 
 
+def wandb_settings(init_timeout: float, refused: Callable[[], None]) -> Any:
+    import wandb
+
+    chosen = {
+        "init_timeout": init_timeout, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True,
+        "x_transaction_log_flush_interval": FLUSH_SECONDS, "stop_on_fatal_error": True, "stop_fn": refused,
+        "silent": True, "console": "off", "symlink": False, "use_dot_wandb": False, "allow_val_change": True,
+        # What it would collect unasked: code, git, packages, host, hardware, and samples of the machine's load.
+        "save_code": False, "disable_code": True, "disable_git": True, "disable_job_creation": True, "host": "",
+        "program": "", "x_disable_meta": True, "x_disable_machine_info": True, "x_save_requirements": False,
+        "x_disable_stats": True,
+    }
+    # Those with an x_ are wandb's to rename.
+    return wandb.Settings(**{key: value for key, value in chosen.items() if key in wandb.Settings.model_fields})
+
+
 def open_run(run: Path, options: dict[str, Any], refused: Callable[[], None]) -> tuple[Any, int, str]:
     """Returns wandb's run, online if that can be, the first step to give it, and the line for the user.
 
@@ -244,26 +254,14 @@ def open_run(run: Path, options: dict[str, Any], refused: Callable[[], None]) ->
 
     with contextlib.suppress(Exception):
         wandb.teardown()  # what a first try has left
-    chosen = {
-        "init_timeout": options["init_timeout"],
-        "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True,
-        "x_transaction_log_flush_interval": FLUSH_SECONDS,
-        "stop_on_fatal_error": True, "stop_fn": refused,
-        "silent": True, "console": "off", "symlink": False, "use_dot_wandb": False, "allow_val_change": True,
-        # What it would collect unasked: code, git, packages, host, hardware, and samples of the machine's load.
-        "save_code": False, "disable_code": True, "disable_git": True, "disable_job_creation": True, "host": "",
-        "program": "", "x_disable_meta": True, "x_disable_machine_info": True, "x_save_requirements": False,
-        "x_disable_stats": True,
-    }  # fmt: skip
-    # Those with an x_ are wandb's to rename.
-    settings = wandb.Settings(**{key: value for key, value in chosen.items() if key in wandb.Settings.model_fields})
+    settings = wandb_settings(options["init_timeout"], refused)
     config = yaml.safe_load(Path(options["config_path"]).read_text(encoding="utf-8"))
 
     def init(mode: Literal["online", "offline"]) -> Any:
         return wandb.init(**options["init"], mode=mode, dir=run, resume="allow", config=config, settings=settings)
 
-    reason = {"offline": "as chosen", "online": None}.get(options["mode"], "")
-    if reason == "":
+    reason = "as chosen" if options["mode"] == "offline" else None
+    if options["mode"] == "auto":
         reason = obstacle(min(4.0, options["init_timeout"]))
     if reason is None:
         logs = wandb_logs(run)
@@ -320,7 +318,7 @@ def feed(run: Path, options: dict[str, Any], ended: Callable[[], bool], last_wor
             runs.write_json(run / "wandb" / "fed.json", {"step": settled})
             settled, settled_at = step, time.monotonic()
         fed = step
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, ValueError):
         wandb_run.summary.update(flat(runs.read_json(run / "eval.json"), "eval"))
     try:
         wandb_run.finish(exit_code=0 if last_word else 1)
