@@ -34,8 +34,14 @@ def cross_entropy(
         raise ValueError(f"reduction: {reduction!r}; should be none, mean or sum")
     scores = logits if logits.dtype == torch.float64 else logits.float()
     weight = None if weight is None else weight.to(scores.dtype)
-    losses = functional.cross_entropy(scores.reshape(-1, scores.shape[-1]), labels.reshape(-1), weight=weight,
-                                      ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+    losses = functional.cross_entropy(
+        scores.reshape(-1, scores.shape[-1]),
+        labels.reshape(-1),
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
     losses = losses.reshape(labels.shape)
     if token_weights is not None:
         losses = losses * token_weights.to(losses.dtype)

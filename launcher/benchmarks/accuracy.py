@@ -25,19 +25,43 @@ ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("FLEETUNE_DATA", ROOT.parent / "shared" / "data"))
 SEEDS = (0, 1, 2)
 TASKS: dict[str, dict[str, Any]] = {
-    "sst2": {"recipe": "recipes/sst2/minilm.yaml", "metric": "accuracy",
-             "trainer": ["--text", "sentence", "--label", "label", "--group-by-length"]},
-    "stsb": {"recipe": "recipes/stsb/minilm.yaml", "metric": "spearman",
-             "trainer": ["--text", "sentence1,sentence2", "--label", "score", "--num-labels", "1", "--epochs", "4",
-                         "--group-by-length"]},
+    "sst2": {
+        "recipe": "recipes/sst2/minilm.yaml",
+        "metric": "accuracy",
+        "trainer": ["--text", "sentence", "--label", "label", "--group-by-length"],
+    },
+    "stsb": {
+        "recipe": "recipes/stsb/minilm.yaml",
+        "metric": "spearman",
+        "trainer": [
+            "--text",
+            "sentence1,sentence2",
+            "--label",
+            "score",
+            "--num-labels",
+            "1",
+            "--epochs",
+            "4",
+            "--group-by-length",
+        ],
+    },
 }
 
 
 def run_trainer(task: str, seed: int) -> None:
     with tempfile.TemporaryDirectory() as output:
-        command = ["launcher/benchmarks/trainer_peer.py", "--train", f"{DATA / task}/train.tsv",
-                   "--validation", f"{DATA / task}/validation.tsv", *TASKS[task]["trainer"],
-                   "--seed", str(seed), "--output", output]
+        command = [
+            "launcher/benchmarks/trainer_peer.py",
+            "--train",
+            f"{DATA / task}/train.tsv",
+            "--validation",
+            f"{DATA / task}/validation.tsv",
+            *TASKS[task]["trainer"],
+            "--seed",
+            str(seed),
+            "--output",
+            output,
+        ]
         done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     figures = json.loads(done.stdout.strip().splitlines()[-1])
     shown = " ".join(["python", *command]).replace(str(DATA), "$FLEETUNE_DATA").replace(output, "OUTPUT")
@@ -47,13 +71,20 @@ def run_trainer(task: str, seed: int) -> None:
 def run_fleetune(task: str, seed: int) -> None:
     with tempfile.TemporaryDirectory() as output:
         command = ["run", TASKS[task]["recipe"], f"training.seed={seed}", "--nproc-per-node", "2"]
-        subprocess.run([sys.executable, "-m", "fleetune.cli", *command, f"output_dir={output}"], cwd=ROOT, check=True,
-                       env={**os.environ, "FLEETUNE_DATA": str(DATA)})
+        subprocess.run(
+            [sys.executable, "-m", "fleetune.cli", *command, f"output_dir={output}"],
+            cwd=ROOT,
+            check=True,
+            env={**os.environ, "FLEETUNE_DATA": str(DATA)},
+        )
         run = next(Path(output).iterdir())
         report = json.loads((run / "eval.json").read_text(encoding="utf-8"))
         attempts = [json.loads(line) for line in (run / "attempts.jsonl").read_text(encoding="utf-8").splitlines()]
-    record.write(f"accuracy/{task}-fleetune-{seed}", "fleetune " + " ".join(command),
-                 {"eval": report["validation"], "seconds": attempts[-1].get("seconds")})
+    record.write(
+        f"accuracy/{task}-fleetune-{seed}",
+        "fleetune " + " ".join(command),
+        {"eval": report["validation"], "seconds": attempts[-1].get("seconds")},
+    )
 
 
 def table(task: str) -> None:

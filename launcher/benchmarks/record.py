@@ -37,8 +37,12 @@ def write(name: str, command: str, figures: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": command, "commit": commit(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": machine(), "versions": {p: importlib.metadata.version(p) for p in PACKAGES}, **figures,
+        "command": command,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+        **figures,
     }
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -11,14 +11,26 @@ import typer
 if TYPE_CHECKING:
     from fleetune.schema import Recipe
 
-app = typer.Typer(name="fleetune", no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Fine-tune and distil Transformers models from one YAML recipe, on a laptop or a cluster.")
+app = typer.Typer(
+    name="fleetune",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune and distil Transformers models from one YAML recipe, on a laptop or a cluster.",
+)
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False,
-                                                       help="Changes to the recipe, e.g. training.learning_rate=3e-5.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY.PATH=VALUE]...",
+        show_default=False,
+        help="Changes to the recipe, e.g. training.learning_rate=3e-5.",
+    ),
+]
 Nodes = Annotated[int, typer.Option(min=1, help="More than 1 emulates nodes on this machine.")]
-Nproc = Annotated[int | None, typer.Option(min=1, help="Ranks on each node; the GPUs, or 1, when absent.", show_default=False)]
+Nproc = Annotated[
+    int | None, typer.Option(min=1, help="Ranks on each node; the GPUs, or 1, when absent.", show_default=False)
+]
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
@@ -38,9 +50,14 @@ def _load(file: Path, overrides: list[str] | None) -> Recipe:
 
 
 @app.command()
-def run(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc = None, nodes: Nodes = 1,
-        fresh: Annotated[bool, typer.Option("--fresh", help="A new run under the next free name.")] = False,
-        baseline: Annotated[bool, typer.Option("--baseline", help="Also train the same model from scratch.")] = False) -> None:
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc_per_node: Nproc = None,
+    nodes: Nodes = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="A new run under the next free name.")] = False,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Also train the same model from scratch.")] = False,
+) -> None:
     """Train a recipe on this machine; the same command again goes on where it stopped."""
     from fleetune import runs
     from fleetune.cluster import local
@@ -50,8 +67,12 @@ def run(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc =
     outcome = _attempt(loaded, layout, fresh)
     folders = [outcome.run.path]
     if baseline and not loaded.model.from_scratch:
-        scratch = outcome.run.recipe().model_copy(update={
-            "name": f"{outcome.run.path.name}-from-scratch", "model": loaded.model.model_copy(update={"from_scratch": True})})
+        scratch = outcome.run.recipe().model_copy(
+            update={
+                "name": f"{outcome.run.path.name}-from-scratch",
+                "model": loaded.model.model_copy(update={"from_scratch": True}),
+            }
+        )
         typer.echo(f"\nbaseline  {scratch.name}: the same model from scratch")
         runs.write_json(outcome.run.path / "run.json", {**outcome.run.info(), "baseline": scratch.name})
         folders.append(_attempt(scratch, layout, fresh=False).run.path)
@@ -74,7 +95,9 @@ def _attempt(recipe: Recipe, layout: Any, fresh: bool) -> Any:
     if outcome.exit_code:
         _fail(f"{outcome.run.path}: {outcome.reason}", outcome.exit_code)
     if outcome.was_finished:
-        typer.echo(f"{outcome.run.path} is finished; --fresh trains it again, a longer training.num_train_epochs goes on")
+        typer.echo(
+            f"{outcome.run.path} is finished; --fresh trains it again, a longer training.num_train_epochs goes on"
+        )
     return outcome
 
 
@@ -97,13 +120,19 @@ def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc
     typer.echo(dump_recipe(loaded))
     typer.echo(f"batch     {batch}")
     rows = report["rows"]["train"]
-    typer.echo(f"steps     {total_steps(loaded.training, rows, batch)} = {loaded.training.num_train_epochs:g} epoch(s) of {rows} rows"
-               if loaded.training.max_steps is None else f"steps     {loaded.training.max_steps}")
-    typer.echo(f"model     {report['parameters'] / 1e6:.1f}M parameters, {report['trainable_parameters'] / 1e6:.1f}M trainable")
+    steps = total_steps(loaded.training, rows, batch)
+    typer.echo(f"steps     {steps}, {steps * batch.global_batch_size / rows:.2f} epoch(s) of {rows} rows")
+    typer.echo(
+        f"model     {report['parameters'] / 1e6:.1f}M parameters, {report['trainable_parameters'] / 1e6:.1f}M trainable"
+    )
     for split, count in report["rows"].items():
-        labels = ", ".join(f"{name}: {n}" for name, n in zip(report["label_names"], report["labels"].get(split, ()), strict=False))
-        typer.echo(f"{split:10}{count} rows, {report['tokens'][split] / count:.1f} tokens each, "
-                   f"{report['truncated'][split]} cut at {loaded.data.max_length}" + (f"; {labels}" if labels else ""))
+        labels = ", ".join(
+            f"{name}: {n}" for name, n in zip(report["label_names"], report["labels"].get(split, ()), strict=False)
+        )
+        typer.echo(
+            f"{split:<11}{count} rows, {report['tokens'][split] / count:.1f} tokens each, "
+            f"{report['truncated'][split]} cut at {loaded.data.max_length}" + (f"; {labels}" if labels else "")
+        )
     for step, touched in report["cleaning"].items():
         typer.echo(f"cleaning  {step}: " + ", ".join(f"{n} rows of {split}" for split, n in touched.items()))
     if "warning" in report:
@@ -112,11 +141,17 @@ def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc
 
 @app.command("eval")
 def evaluate(
-    run_or_model: Annotated[Path, typer.Argument(help="A run's folder, or a model folder that Fleetune wrote.", show_default=False)],
+    run_or_model: Annotated[
+        Path, typer.Argument(help="A run's folder, or a model folder that Fleetune wrote.", show_default=False)
+    ],
     data: Annotated[str | None, typer.Option(help="Other data: a file, or a hub data set.", show_default=False)] = None,
-    split: Annotated[str | None, typer.Option(
-        help="Which of the recipe's splits (test, or validation, when absent); with --data of a hub data set, its split.",
-        show_default=False)] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="The recipe's split (test, or validation, when absent); with --data, the hub data set's.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Evaluate a trained model on test or other data."""
     import json

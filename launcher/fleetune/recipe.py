@@ -24,16 +24,22 @@ Path_ = tuple[str | int, ...]
 
 # ---------------------------------------------------------------- YAML
 
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML as people mean it: 5e-5 is a number, `no` is a word, and a key written twice is an error."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float",
-                                                                      "tag:yaml.org,2002:timestamp")]
+    first: [
+        (tag, regexp)
+        for tag, regexp in resolvers
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
@@ -48,7 +54,9 @@ def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", key_node.start_mark)
         if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"the key `{key}` stands here twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key `{key}` stands here twice", key_node.start_mark
+            )
     return loader.construct_mapping(node, deep=True)
 
 
@@ -66,6 +74,7 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 
 # ---------------------------------------------------------------- faults
+
 
 @dataclass
 class _Layers:
@@ -106,8 +115,12 @@ def _sections_at(path: Path_, values: Any) -> list[type[Section]]:
         values = values[part] if isinstance(values, dict | list) else None
         if isinstance(part, int):
             continue
-        found = [m for section in found if part in section.model_fields
-                 for m in _models(section.model_fields[part].annotation)]
+        found = [
+            m
+            for section in found
+            if part in section.model_fields
+            for m in _models(section.model_fields[part].annotation)
+        ]
     kind = values.get("kind") if isinstance(values, dict) else None
     if len(found) > 1:  # a union by kind
         found = [m for m in found if kind in get_args(m.model_fields["kind"].annotation)] or found
@@ -147,7 +160,9 @@ def _fault_lines(error: ValidationError, layers: _Layers, file: str) -> list[str
             if isinstance(values, dict) and part not in values and values.get("kind") == part:
                 continue
             path = (*path, part)
-            values = values[part] if isinstance(values, dict | list) and (isinstance(part, int) or part in values) else None
+            values = (
+                values[part] if isinstance(values, dict | list) and (isinstance(part, int) or part in values) else None
+            )
         if fault["type"] == "extra_forbidden":
             message = _unknown_key(path, layers.values)
         elif fault["type"] == "missing":
@@ -175,14 +190,19 @@ def _fault_lines(error: ValidationError, layers: _Layers, file: str) -> list[str
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}")
 _PATH_KEYS: tuple[Path_, ...] = (
-    ("output_dir",), ("model", "model_name_or_path"), *(("data", split, "path") for split in ("train", "validation", "test")))
+    ("output_dir",),
+    ("model", "model_name_or_path"),
+    *(("data", split, "path") for split in ("train", "validation", "test")),
+)
 
 
 def _expand(value: str, where: str) -> str:
     def replace(match: re.Match[str]) -> str:
         name, default = match["name"], match["default"]
         if _SECRET.search(name):
-            raise RecipeError(f"{where} = {_shown(value)}: ${{{name}}} looks like a secret, and the recipe is stored in plain text")
+            raise RecipeError(
+                f"{where} = {_shown(value)}: ${{{name}}} looks like a secret, and the recipe is stored in plain text"
+            )
         if name not in os.environ and default is None:
             raise RecipeError(f"{where} = {_shown(value)}: the environment variable {name} is not set")
         return os.environ.get(name) or default or ""
@@ -195,8 +215,13 @@ def local_or_hub(value: str, folder: Path, is_local: bool = False) -> str:
     if value.startswith("package://"):
         return value
     path = Path(value).expanduser()
-    local = (is_local or value.startswith(("./", "../", "/", "~")) or value in (".", "..")
-             or path.suffix in DATA_SUFFIXES or (folder / path).exists())
+    local = (
+        is_local
+        or value.startswith(("./", "../", "/", "~"))
+        or value in (".", "..")
+        or path.suffix in DATA_SUFFIXES
+        or (folder / path).exists()
+    )
     return os.path.normpath(folder / path) if local else value
 
 
@@ -274,7 +299,9 @@ def _override(layers: _Layers, assignment: str) -> None:
         if isinstance(part, int):
             if not isinstance(place_, list) or part >= len(place_):
                 size = f"a list of {len(place_)}" if isinstance(place_, list) else "no list"
-                raise RecipeError(f"{COMMAND_LINE}: {dotted(there)}: `{dotted(path[:depth])}` is {size}, counted from 0")
+                raise RecipeError(
+                    f"{COMMAND_LINE}: {dotted(there)}: `{dotted(path[:depth])}` is {size}, counted from 0"
+                )
         elif not isinstance(place_, dict):
             raise RecipeError(f"{COMMAND_LINE}: {dotted(there)}: `{dotted(path[:depth])}` is no map")
         if depth == len(path) - 1:
@@ -285,6 +312,7 @@ def _override(layers: _Layers, assignment: str) -> None:
 
 
 # ---------------------------------------------------------------- the way in and out
+
 
 def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Reads, merges, expands and checks a recipe.
@@ -314,8 +342,11 @@ def _validate(layers: _Layers, file: str) -> Recipe:
         recipe = Recipe.model_validate(layers.values)
     except ValidationError as error:
         raise RecipeError("\n".join(_fault_lines(error, layers, file))) from None
-    faults = [f"{layers.origin(tuple(int(p) if p.isdigit() else p for p in path.split('.')), file)}: "
-              f"{path} = {_shown(value)}: {message}" for path, value, message in combinations(recipe)]
+    faults = [
+        f"{layers.origin(tuple(int(p) if p.isdigit() else p for p in path.split('.')), file)}: "
+        f"{path} = {_shown(value)}: {message}"
+        for path, value, message in combinations(recipe)
+    ]
     if faults:
         raise RecipeError("\n".join(faults))
     return recipe
@@ -331,5 +362,3 @@ def flatten(values: Any, path: Path_ = ()) -> Iterator[tuple[str, Any]]:
             yield from flatten(value, (*path, key))
     else:
         yield dotted(path), values
-
-

@@ -34,8 +34,13 @@ def row(run: runs.Run) -> dict[str, str]:
     report: dict[str, Any] = runs.read_json(run.eval)
     for split in ("validation", "test"):
         cells |= {f"{split} {name}": f"{value:.4f}" for name, value in report[split].items()}
-    return {**cells, "parameters": f"{report['parameters'] / 1e6:.1f}M", "steps": str(report["step"]),
-            "seconds": f"{report['train_seconds']:.0f}", "samples/s": f"{report['samples_per_second']:.0f}"}
+    return {
+        **cells,
+        "parameters": f"{report['parameters'] / 1e6:.1f}M",
+        "steps": str(report["step"]),
+        "seconds": f"{report['train_seconds']:.0f}",
+        "samples/s": f"{report['samples_per_second']:.0f}",
+    }
 
 
 def comparison(folders: list[Path]) -> Table:
@@ -44,7 +49,9 @@ def comparison(folders: list[Path]) -> Table:
     columns = list(dict.fromkeys(column for cells in rows for column in cells))
     table = Table()
     for column in columns:
-        table.add_column(column, justify="left" if column in ("run", "weights", "state") else "right", no_wrap=column == "run")
+        table.add_column(
+            column, justify="left" if column in ("run", "weights", "state") else "right", no_wrap=column == "run"
+        )
     for cells in rows:
         table.add_row(*(cells.get(column, "") for column in columns))
     return table

@@ -23,8 +23,15 @@ from fleetune.schema import Recipe, RecipeError
 DONE, FAILED, WRONG, FAILED_FOR_GOOD, SAVED = 0, 1, 2, 3, 75
 
 LEASE_SECONDS = 60.0  # a lease whose heartbeat is older is nobody's
-MAY_CHANGE = ("training.num_train_epochs", "training.max_steps", "training.logging_steps", "tracking.",
-              "checkpoint.save_steps", "checkpoint.save_total_limit", "deepspeed.offload_")
+MAY_CHANGE = (
+    "training.num_train_epochs",
+    "training.max_steps",
+    "training.logging_steps",
+    "tracking.",
+    "checkpoint.save_steps",
+    "checkpoint.save_total_limit",
+    "deepspeed.offload_",
+)
 PACKAGES = ("fleetune", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "wandb")
 
 
@@ -96,6 +103,7 @@ def source_commit() -> str | None:
 
 # ---------------------------------------------------------------- identity
 
+
 def open_run(recipe: Recipe, layout: dict[str, int], fresh: bool = False) -> Run:
     """Makes the recipe's run folder, or takes up the one that is there; `layout` holds nodes, nproc_per_node, threads.
 
@@ -113,14 +121,24 @@ def open_run(recipe: Recipe, layout: dict[str, int], fresh: bool = False) -> Run
     if (run.path / "run.json").exists():
         _refuse_another_recipe(run, recipe, layout)
     elif run.path.exists() and any(run.path.iterdir()):
-        raise RecipeError(f"output_dir/name = {str(run.path)!r}: is there already and is no run folder; "
-                          "choose another name, or --fresh")
+        raise RecipeError(
+            f"output_dir/name = {str(run.path)!r}: is there already and is no run folder; "
+            "choose another name, or --fresh"
+        )
     else:
         run.path.mkdir(parents=True, exist_ok=True)
         run.path.chmod(0o700)
-        write_json(run.path / "run.json", {
-            "id": secrets.token_hex(4), "name": recipe.name, "created": _now(), "versions": versions(),
-            "commit": source_commit(), "layout": layout})
+        write_json(
+            run.path / "run.json",
+            {
+                "id": secrets.token_hex(4),
+                "name": recipe.name,
+                "created": _now(),
+                "versions": versions(),
+                "commit": source_commit(),
+                "layout": layout,
+            },
+        )
     write_text(run.recipe_file, dump_recipe(recipe))
     return run
 
@@ -141,7 +159,9 @@ def differences(stored: Recipe, new: Recipe) -> list[str]:
 def _refuse_another_recipe(run: Run, recipe: Recipe, layout: dict[str, int]) -> None:
     changed = differences(run.recipe(), recipe)
     if changed:
-        raise RecipeError(f"{run.path} is a run of another recipe (--fresh takes the next free name):\n  " + "\n  ".join(changed))
+        raise RecipeError(
+            f"{run.path} is a run of another recipe (--fresh takes the next free name):\n  " + "\n  ".join(changed)
+        )
     stored = run.info()["layout"]
     moved = [f"{key} = {layout[key]}: the run has {stored[key]}" for key in layout if stored.get(key) != layout[key]]
     if moved and any(run.checkpoints.glob("step-*")):
@@ -158,6 +178,7 @@ def is_finished(run: Run, steps: int) -> bool:
 
 
 # ---------------------------------------------------------------- attempts
+
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Whole lines; one torn by a kill is left out."""
@@ -187,9 +208,20 @@ def start_attempt(run: Run, nodes: list[str]) -> int:
 def end_attempt(run: Run, number: int, exit_code: int, reason: str, nodes: list[str], seconds: float) -> None:
     span = run.logs(number) / "steps.json"  # written by rank 0
     steps = read_json(span) if span.exists() else {}
-    append_jsonl(run.attempts, {"attempt": number, "event": "end", "time": _now(), "exit_code": exit_code, "reason": reason,
-                                "nodes": nodes, "seconds": round(seconds, 3),
-                                "first_step": steps.get("first"), "last_step": steps.get("last")})
+    append_jsonl(
+        run.attempts,
+        {
+            "attempt": number,
+            "event": "end",
+            "time": _now(),
+            "exit_code": exit_code,
+            "reason": reason,
+            "nodes": nodes,
+            "seconds": round(seconds, 3),
+            "first_step": steps.get("first"),
+            "last_step": steps.get("last"),
+        },
+    )
 
 
 def _now() -> str:
@@ -197,6 +229,7 @@ def _now() -> str:
 
 
 # ---------------------------------------------------------------- the lease
+
 
 @contextlib.contextmanager
 def lease(run: Run) -> Iterator[_Lease]:
@@ -225,15 +258,19 @@ class _Lease:
             here = other["host"] == socket.gethostname()
             alive = _process_lives(other["pid"]) if here else time.time() - other["time"] < LEASE_SECONDS
             if alive:
-                raise RecipeError(f"{self.path.parent}: another attempt is at work on this run "
-                                  f"(process {other['pid']} on {other['host']})") from None
+                raise RecipeError(
+                    f"{self.path.parent}: another attempt is at work on this run "
+                    f"(process {other['pid']} on {other['host']})"
+                ) from None
         self.beat()
 
     def beat(self) -> None:
         """To be called every few seconds; writes every 10."""
         if time.time() - self.beaten >= 10.0:
             self.beaten = time.time()
-            write_json(self.path, {"host": socket.gethostname(), "pid": os.getpid(), "token": self.token, "time": self.beaten})
+            write_json(
+                self.path, {"host": socket.gethostname(), "pid": os.getpid(), "token": self.token, "time": self.beaten}
+            )
 
     def release(self) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -249,4 +286,3 @@ def _process_lives(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-

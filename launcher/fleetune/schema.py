@@ -15,8 +15,14 @@ class RecipeError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True,
-                              allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
 
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -37,7 +43,9 @@ class Model(Section):
     """Keeps the architecture and the tokenizer and draws fresh weights: the baseline."""
     freeze: list[str] = []
     """Parameters that do not train: dotted names, with * for any run of characters (`*.embeddings.*`, `*.layer.0.*`)."""
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
+        None
+    )
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: less memory, about a third more time."""
     config: dict[str, bool | int | float | str] = {}
@@ -59,8 +67,9 @@ class Source(Section):
     """Keeps the rows whose columns have these values, e.g. {split: train}."""
 
 
-Cleaning = Literal["unicode_nfc", "unicode_nfkc", "strip_html", "collapse_whitespace", "drop_empty", "drop_duplicates",
-                   "drop_leaked"]
+Cleaning = Literal[
+    "unicode_nfc", "unicode_nfkc", "strip_html", "collapse_whitespace", "drop_empty", "drop_duplicates", "drop_leaked"
+]
 
 
 class Augmentation(Section):
@@ -220,6 +229,7 @@ LOWER_IS_BETTER = ("loss", "mse")
 
 # ---------------------------------------------------------------- what fits together
 
+
 def losses_of(recipe: Recipe) -> list[Any]:
     """The recipe's losses, or the task's own where it names none."""
     if recipe.losses:
@@ -252,11 +262,18 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     kinds = [loss.kind for loss in losses_of(recipe)]
     for index, loss in enumerate(recipe.losses):
         if loss.kind == wrong:
-            yield f"losses.{index}.kind", loss.kind, f"does not fit task: {recipe.task}; " + (
-                "use cross_entropy" if classification else "use mse")
+            yield (
+                f"losses.{index}.kind",
+                loss.kind,
+                f"does not fit task: {recipe.task}; " + ("use cross_entropy" if classification else "use mse"),
+            )
         weights = loss.class_weights if isinstance(loss, CrossEntropy) else None
         if weights is not None and recipe.model.num_labels not in (None, len(weights)):
-            yield f"losses.{index}.class_weights", weights, f"should be {recipe.model.num_labels} numbers, as model.num_labels says"
+            yield (
+                f"losses.{index}.class_weights",
+                weights,
+                f"should be {recipe.model.num_labels} numbers, as model.num_labels says",
+            )
         if weights is not None and not any(weights):
             yield f"losses.{index}.class_weights", weights, "at least one should be above 0"
         if kinds.index(loss.kind) != index and loss.kind in ("cross_entropy", "mse"):
@@ -269,17 +286,26 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             yield f"evaluation.metrics.{index}", metric, f"does not fit task: {recipe.task}; legal: {', '.join(legal)}"
     best = recipe.evaluation.metric_for_best_model
     if best is not None and best not in (*metrics_of(recipe), "loss"):
-        yield ("evaluation.metric_for_best_model", best,
-               f"is not computed; legal: {', '.join(dict.fromkeys((*metrics_of(recipe), 'loss')))}")
+        yield (
+            "evaluation.metric_for_best_model",
+            best,
+            f"is not computed; legal: {', '.join(dict.fromkeys((*metrics_of(recipe), 'loss')))}",
+        )
     has_validation = recipe.data.validation is not None or recipe.data.validation_fraction is not None
     if recipe.data.validation is not None and recipe.data.validation_fraction is not None:
-        yield ("data.validation_fraction", recipe.data.validation_fraction,
-               "there is a validation split already; leave one of the two out")
+        yield (
+            "data.validation_fraction",
+            recipe.data.validation_fraction,
+            "there is a validation split already; leave one of the two out",
+        )
     if not has_validation:
         for key in ("eval_steps", "early_stopping_patience", "metric_for_best_model"):
             if getattr(recipe.evaluation, key) is not None:
-                yield (f"evaluation.{key}", getattr(recipe.evaluation, key),
-                       "there is no validation data: give data.validation or data.validation_fraction")
+                yield (
+                    f"evaluation.{key}",
+                    getattr(recipe.evaluation, key),
+                    "there is no validation data: give data.validation or data.validation_fraction",
+                )
     yield from _training_combinations(recipe)
 
 
@@ -292,14 +318,21 @@ def _training_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     if training.global_batch_size and training.gradient_accumulation_steps:
         per_rank = training.global_batch_size % training.gradient_accumulation_steps
         if per_rank:
-            yield ("training.global_batch_size", training.global_batch_size,
-                   f"does not divide by gradient_accumulation_steps = {training.gradient_accumulation_steps}")
+            yield (
+                "training.global_batch_size",
+                training.global_batch_size,
+                f"does not divide by gradient_accumulation_steps = {training.gradient_accumulation_steps}",
+            )
     if deepspeed.offload_optimizer != "none" and deepspeed.zero_stage == 0:
         yield "deepspeed.offload_optimizer", deepspeed.offload_optimizer, "needs zero_stage 1, 2 or 3"
     if deepspeed.offload_param != "none" and deepspeed.zero_stage != 3:
         yield "deepspeed.offload_param", deepspeed.offload_param, "needs zero_stage 3"
     if data.text_pair_column is not None and data.augmentation:
-        yield "data.augmentation", [a.kind for a in data.augmentation], "is for one text, not for a pair (data.text_pair_column)"
+        yield (
+            "data.augmentation",
+            [a.kind for a in data.augmentation],
+            "is for one text, not for a pair (data.text_pair_column)",
+        )
     columns = [c for c in (data.text_column, data.text_pair_column, data.label_column, data.weight_column) if c]
     if len(set(columns)) != len(columns):
         yield "data.label_column", data.label_column, f"the columns should differ, these are {', '.join(columns)}"
@@ -321,8 +354,10 @@ class Batch:
     micro_batch_size: int
 
     def __str__(self) -> str:
-        return (f"{self.global_batch_size} examples a step = {self.world_size} rank(s) x "
-                f"{self.gradient_accumulation_steps} micro-batch(es) x {self.micro_batch_size}")
+        return (
+            f"{self.global_batch_size} examples a step = {self.world_size} rank(s) x "
+            f"{self.gradient_accumulation_steps} micro-batch(es) x {self.micro_batch_size}"
+        )
 
 
 def cut_batch(training: Training, world_size: int) -> Batch:
@@ -334,13 +369,19 @@ def cut_batch(training: Training, world_size: int) -> Batch:
     key = f"training.global_batch_size = {training.global_batch_size}"
     per_rank, rest = divmod(training.global_batch_size, world_size)
     if rest or not per_rank:
-        raise RecipeError(f"{key}: does not divide over {world_size} ranks; the nearest that does: "
-                          f"{max(1, round(training.global_batch_size / world_size)) * world_size}")
-    accumulation = accumulation or next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= per_device)
+        raise RecipeError(
+            f"{key}: does not divide over {world_size} ranks; the nearest that does: "
+            f"{max(1, round(training.global_batch_size / world_size)) * world_size}"
+        )
+    accumulation = accumulation or next(
+        a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= per_device
+    )
     micro, rest = divmod(per_rank, accumulation)
     if rest or micro > per_device:
-        raise RecipeError(f"{key}: {per_rank} examples a rank are not {accumulation} micro-batches of at most {per_device} "
-                          "(training.per_device_train_batch_size)")
+        raise RecipeError(
+            f"{key}: {per_rank} examples a rank are not {accumulation} micro-batches of at most {per_device} "
+            "(training.per_device_train_batch_size)"
+        )
     return Batch(training.global_batch_size, world_size, accumulation, micro)
 
 

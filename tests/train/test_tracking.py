@@ -80,8 +80,16 @@ class Run:
 
     def start(self, mode: Any = "auto", init_timeout: float = 15.0) -> "subprocess.Popen[bytes]":
         feeder = start_feeder(
-            self.path, run_id="abc", project="p", entity=None, mode=mode, name="tiny", tags=["t"],
-            config_path=self.path / "recipe.yaml", log_path=self.path / "logs" / "wandb.log", init_timeout=init_timeout,
+            self.path,
+            run_id="abc",
+            project="p",
+            entity=None,
+            mode=mode,
+            name="tiny",
+            tags=["t"],
+            config_path=self.path / "recipe.yaml",
+            log_path=self.path / "logs" / "wandb.log",
+            init_timeout=init_timeout,
         )
         assert feeder is not None
         return feeder
@@ -267,10 +275,18 @@ class Server(ThreadingHTTPServer):
             return {"upsertBucket": {"inserted": not count, "bucket": bucket}}
         if operation == "RunResumeStatus":
             counts = {f"{kind}LineCount": len(self.history) for kind in ("log", "history", "events")}
-            texts = {
-                "summaryMetrics": json.dumps(self.summary), "historyTail": json.dumps([json.dumps(self.history[-1])]),
-                "eventsTail": "[]", "config": "{}", "wandbConfig": '{"t": 1}', "tags": [],
-            } if self.history else {}
+            texts = (
+                {
+                    "summaryMetrics": json.dumps(self.summary),
+                    "historyTail": json.dumps([json.dumps(self.history[-1])]),
+                    "eventsTail": "[]",
+                    "config": "{}",
+                    "wandbConfig": '{"t": 1}',
+                    "tags": [],
+                }
+                if self.history
+                else {}
+            )
             return {"model": project | {"bucket": names | counts | texts if self.history else None}}
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]

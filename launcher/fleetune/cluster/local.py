@@ -61,13 +61,22 @@ def plan_layout(nodes: int, nproc_per_node: int | None) -> Layout:
 
 
 def rank_environment() -> dict[str, str]:
-    quiet = {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-             "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "true",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     if count_gpus() == 0:
         quiet["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it has to find out
     # Gradients and activations are freed and taken anew at every step. glibc would hand each block back to the kernel
     # and fault it in again page by page, which cost a quarter of a CPU step; these keep it, in huge pages.
-    memory = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(4 << 30), "THP_MEM_ALLOC_ENABLE": "1"}
+    memory = {
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+        "THP_MEM_ALLOC_ENABLE": "1",
+    }
     return {**quiet, **memory, **os.environ}
 
 
@@ -81,8 +90,13 @@ def prepare(recipe: Recipe) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         file.write(dump_recipe(recipe))
         file.flush()
-        done = subprocess.run([sys.executable, "-m", "fleetune.train.prepare", file.name], env=rank_environment(),
-                              capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "fleetune.train.prepare", file.name],
+            env=rank_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if done.returncode == runs.WRONG:
         raise RecipeError(error_of(done.stderr))
     if done.returncode != runs.DONE:
@@ -104,8 +118,9 @@ class Outcome:
     was_finished: bool = False
 
 
-def run_recipe(recipe: Recipe, layout: Layout, *, fresh: bool, say: Callable[[str], None],
-               watch: Callable[[str], None]) -> Outcome:
+def run_recipe(
+    recipe: Recipe, layout: Layout, *, fresh: bool, say: Callable[[str], None], watch: Callable[[str], None]
+) -> Outcome:
     """One attempt of a recipe, from its start or its newest checkpoint. `say` gets messages, `watch` rank 0's lines.
 
     Raises:
@@ -123,7 +138,10 @@ def run_recipe(recipe: Recipe, layout: Layout, *, fresh: bool, say: Callable[[st
     if runs.is_finished(run, steps):
         return Outcome(run, runs.DONE, "finished before", was_finished=True)
     with runs.lease(run) as lease:
-        nodes = [f"{socket.gethostname()}/{node}" if layout.nodes > 1 else socket.gethostname() for node in range(layout.nodes)]
+        nodes = [
+            f"{socket.gethostname()}/{node}" if layout.nodes > 1 else socket.gethostname()
+            for node in range(layout.nodes)
+        ]
         attempt, start = runs.start_attempt(run, nodes), time.monotonic()
         code, reason = runs.FAILED, "interrupted"
         try:
@@ -150,18 +168,33 @@ class _Ranks:
         for rank in range(self.layout.world_size):
             node, local = divmod(rank, self.layout.nproc_per_node)
             environment = rank_environment() | {
-                "RANK": str(rank), "WORLD_SIZE": str(self.layout.world_size), "LOCAL_RANK": str(local),
-                "LOCAL_WORLD_SIZE": str(self.layout.nproc_per_node), "LOCAL_SIZE": str(self.layout.nproc_per_node),
-                "NODE_RANK": str(node), "GROUP_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": str(self.layout.threads), "FLEETUNE_LOGS": str(self.logs),
+                "RANK": str(rank),
+                "WORLD_SIZE": str(self.layout.world_size),
+                "LOCAL_RANK": str(local),
+                "LOCAL_WORLD_SIZE": str(self.layout.nproc_per_node),
+                "LOCAL_SIZE": str(self.layout.nproc_per_node),
+                "NODE_RANK": str(node),
+                "GROUP_RANK": str(node),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": str(self.layout.threads),
+                "FLEETUNE_LOGS": str(self.logs),
             }
             if sys.platform == "linux":
                 environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve must not matter
             with self.log(rank).open("a") as log:
-                self.processes.append(subprocess.Popen(
-                    [sys.executable, "-m", "fleetune.train", str(self.run.path)], env=environment, stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE if rank == 0 else log, stderr=log, text=True, start_new_session=True,
-                    preexec_fn=_die_with_parent if sys.platform == "linux" else None))
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "fleetune.train", str(self.run.path)],
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.PIPE if rank == 0 else log,
+                        stderr=log,
+                        text=True,
+                        start_new_session=True,
+                        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                    )
+                )
 
     def log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"

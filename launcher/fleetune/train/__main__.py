@@ -1,4 +1,7 @@
-"""What every rank runs: `python -m fleetune.train RUN`, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set."""
+"""What every rank runs: `python -m fleetune.train RUN`.
+
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say which rank of which job it is.
+"""
 
 from __future__ import annotations
 

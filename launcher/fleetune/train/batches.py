@@ -18,7 +18,9 @@ from fleetune.train.data import Ints, Split
 POOL = 100  # global batches sorted together by length: enough that hardly any padding is left, few enough to stay mixed
 
 
-def compose_epoch(lengths: Ints, global_batch_size: int, seed: int, epoch: int, group_by_length: bool = True) -> list[Ints]:
+def compose_epoch(
+    lengths: Ints, global_batch_size: int, seed: int, epoch: int, group_by_length: bool = True
+) -> list[Ints]:
     """The epoch's global batches: every row exactly once, in random order, rows of like length together.
 
     Rows are shuffled, cut into pools of POOL batches, sorted by length within each pool (ties stay shuffled), cut into
@@ -31,7 +33,7 @@ def compose_epoch(lengths: Ints, global_batch_size: int, seed: int, epoch: int, 
     batches: list[Ints] = []
     pool = POOL * global_batch_size if group_by_length else global_batch_size
     for start in range(0, whole, pool):
-        rows = order[start:min(start + pool, whole)]
+        rows = order[start : min(start + pool, whole)]
         rows = rows[np.argsort(lengths[rows], kind="stable")]
         batches.extend(rows.reshape(-1, global_batch_size))
     batches = [batches[i] for i in random.permutation(len(batches))]
@@ -61,12 +63,19 @@ class MicroBatch:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
-        return MicroBatch({name: move(tensor) for name, tensor in self.inputs.items()}, move(self.labels),
-                          move(self.weights), self.rows, self.tokens, self.examples)
+        return MicroBatch(
+            {name: move(tensor) for name, tensor in self.inputs.items()},
+            move(self.labels),
+            move(self.weights),
+            self.rows,
+            self.tokens,
+            self.examples,
+        )
 
 
-def collate(split: Split, rows: Ints, pad_token_id: int, pad_to_multiple_of: int = 1,
-            augment: Augmenter | None = None) -> MicroBatch:
+def collate(
+    split: Split, rows: Ints, pad_token_id: int, pad_to_multiple_of: int = 1, augment: Augmenter | None = None
+) -> MicroBatch:
     """Pads to the longest row. No rows at all give one filler row of weight 0: every rank must run every collective."""
     filler = len(rows) == 0
     chosen = np.zeros(1, dtype=np.int64) if filler else rows
@@ -89,21 +98,31 @@ def collate(split: Split, rows: Ints, pad_token_id: int, pad_to_multiple_of: int
     weights = np.ones(len(chosen), dtype=np.float32) if split.weights is None else np.array(split.weights[chosen])
     if filler:
         weights[:] = 0.0
-    return MicroBatch(inputs, torch.from_numpy(np.array(split.labels[chosen])), torch.from_numpy(weights),
-                      np.array(split.index[chosen]), 0 if filler else int(lengths.sum()), 0 if filler else len(chosen))
+    return MicroBatch(
+        inputs,
+        torch.from_numpy(np.array(split.labels[chosen])),
+        torch.from_numpy(weights),
+        np.array(split.index[chosen]),
+        0 if filler else int(lengths.sum()),
+        0 if filler else len(chosen),
+    )
 
 
 class Augmenter:
     """Augments and tokenises training rows, each drawn from (seed, epoch, row) alone, so that any cut draws the same."""
 
-    def __init__(self, texts: Any, steps: list[Augmentation], tokenizer: Any, max_length: int, seed: int, epoch: int) -> None:
+    def __init__(
+        self, texts: Any, steps: list[Augmentation], tokenizer: Any, max_length: int, seed: int, epoch: int
+    ) -> None:
         self.texts, self.steps, self.tokenizer, self.max_length = texts, steps, tokenizer, max_length
         self.seed, self.epoch = seed, epoch
         self.blank = tokenizer.mask_token or tokenizer.unk_token or ""
 
     def __call__(self, rows: Ints) -> list[Any]:
-        texts = [augment_text(text, self.steps, self.blank, np.random.default_rng([self.seed, self.epoch, int(row)]))
-                 for row, text in zip(rows, self.texts[rows.tolist()]["text"], strict=True)]
+        texts = [
+            augment_text(text, self.steps, self.blank, np.random.default_rng([self.seed, self.epoch, int(row)]))
+            for row, text in zip(rows, self.texts[rows.tolist()]["text"], strict=True)
+        ]
         return list(self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"])
 
 
@@ -126,6 +145,6 @@ def augment_text(text: str, steps: list[Augmentation], blank: str, random: np.ra
 def evaluation_batches(lengths: Ints, batch_size: int, world_size: int, rank: int) -> Iterator[Ints]:
     """Every row once over all ranks, sorted by length; the same number of batches on every rank, some perhaps empty."""
     order = np.argsort(lengths, kind="stable")[::-1]
-    pieces = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    pieces = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     pieces += [order[:0]] * (-len(pieces) % world_size)
     yield from pieces[rank::world_size]

@@ -1,9 +1,9 @@
 """Checkpoints: collective, written beside and renamed into place, complete only with MANIFEST.json in them.
 
-    step-00000100/engine/...     DeepSpeed's own files: weights, and the optimizer's shards of each rank
-    step-00000100/rank-0.pt      random states of that rank, tensors alone
-    step-00000100/state.json     where training stands
-    step-00000100/MANIFEST.json  every file's size and SHA-256; written last
+step-00000100/engine/...     DeepSpeed's own files: weights, and the optimizer's shards of each rank
+step-00000100/rank-0.pt      random states of that rank, tensors alone
+step-00000100/state.json     where training stands
+step-00000100/MANIFEST.json  every file's size and SHA-256; written last
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], world: Wor
     if world.is_main:
         (beside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         files = sorted(path for path in beside.rglob("*") if path.is_file())
-        manifest = {str(path.relative_to(beside)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+        manifest = {
+            str(path.relative_to(beside)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        }
         (beside / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1), encoding="utf-8")
         for path in [*files, beside / MANIFEST, *(path for path in beside.rglob("*") if path.is_dir()), beside]:
             _sync(path)
@@ -140,7 +142,8 @@ def _random_state() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state()
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {
-        "torch": torch.get_rng_state(), "python": json.dumps([version, words, gauss]),
+        "torch": torch.get_rng_state(),
+        "python": json.dumps([version, words, gauss]),
         "numpy": json.dumps([name, np.asarray(keys).tolist(), position, has_gauss, cached]),
     }
     if torch.cuda.is_available():

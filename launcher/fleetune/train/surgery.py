@@ -14,8 +14,10 @@ def freeze(model: nn.Module, patterns: list[str]) -> int:
     for index, pattern in enumerate(patterns):
         if not any(fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern.replace("*", ""), names, n=1, cutoff=0.3)
-            raise ValueError(f"model.freeze.{index} = {pattern!r}: no parameter has such a name"
-                             + (f"; there is `{near[0]}`" if near else ""))
+            raise ValueError(
+                f"model.freeze.{index} = {pattern!r}: no parameter has such a name"
+                + (f"; there is `{near[0]}`" if near else "")
+            )
     frozen = 0
     for name, parameter in model.named_parameters():
         if any(fnmatchcase(name, pattern) for pattern in patterns):

@@ -84,9 +84,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 # --- Training's side of the feeder ---
 
 
-def start_feeder(run: Path, *, run_id: str, project: str | None, entity: str | None, mode: Mode, name: str | None,
-                 tags: Sequence[str], config_path: Path, log_path: Path,
-                 init_timeout: float = 15.0) -> subprocess.Popen[bytes] | None:
+def start_feeder(
+    run: Path,
+    *,
+    run_id: str,
+    project: str | None,
+    entity: str | None,
+    mode: Mode,
+    name: str | None,
+    tags: Sequence[str],
+    config_path: Path,
+    log_path: Path,
+    init_timeout: float = 15.0,
+) -> subprocess.Popen[bytes] | None:
     """Starts the feeder; None if the mode is "disabled", or, with a line on stderr, if it cannot be started.
 
     "auto" and "online" end up offline where the server cannot be used, and `status` says why. "auto" looks before it
@@ -108,8 +118,15 @@ def start_feeder(run: Path, *, run_id: str, project: str | None, entity: str | N
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             # In a session of its own: a Ctrl-C or the kill of our group must not take it before it has flushed.
-            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
-                                    bufsize=0, start_new_session=True)
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                bufsize=0,
+                start_new_session=True,
+            )
     except OSError as error:
         print(f"wandb: not started ({error})", file=sys.stderr, flush=True)
         return None
@@ -233,12 +250,27 @@ def wandb_settings(init_timeout: float, refused: Callable[[], None]) -> Any:
     import wandb
 
     chosen = {
-        "init_timeout": init_timeout, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True,
-        "x_transaction_log_flush_interval": FLUSH_SECONDS, "stop_on_fatal_error": True, "stop_fn": refused,
-        "silent": True, "console": "off", "symlink": False, "use_dot_wandb": False, "allow_val_change": True,
+        "init_timeout": init_timeout,
+        "finish_timeout": FINISH_SECONDS,
+        "finish_timeout_raises": True,
+        "x_transaction_log_flush_interval": FLUSH_SECONDS,
+        "stop_on_fatal_error": True,
+        "stop_fn": refused,
+        "silent": True,
+        "console": "off",
+        "symlink": False,
+        "use_dot_wandb": False,
+        "allow_val_change": True,
         # What it would collect unasked: code, git, packages, host, hardware, and samples of the machine's load.
-        "save_code": False, "disable_code": True, "disable_git": True, "disable_job_creation": True, "host": "",
-        "program": "", "x_disable_meta": True, "x_disable_machine_info": True, "x_save_requirements": False,
+        "save_code": False,
+        "disable_code": True,
+        "disable_git": True,
+        "disable_job_creation": True,
+        "host": "",
+        "program": "",
+        "x_disable_meta": True,
+        "x_disable_machine_info": True,
+        "x_save_requirements": False,
         "x_disable_stats": True,
     }
     # Those with an x_ are wandb's to rename.
