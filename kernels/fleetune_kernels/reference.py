@@ -30,13 +30,15 @@ def cross_entropy(
         raise ValueError(f"labels: shape {tuple(labels.shape)} does not fit logits of shape {tuple(logits.shape)}")
     if token_weights is not None and token_weights.shape != labels.shape:
         raise ValueError(f"token_weights: shape {tuple(token_weights.shape)}, labels have {tuple(labels.shape)}")
+    if weight is not None and weight.shape != logits.shape[-1:]:
+        raise ValueError(f"weight: shape {tuple(weight.shape)}, logits have {logits.shape[-1]} classes")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: {reduction!r}; should be none, mean or sum")
     scores = logits if logits.dtype == torch.float64 else logits.float()
     weight = None if weight is None else weight.to(scores.dtype)
     losses = functional.cross_entropy(
         scores.reshape(-1, scores.shape[-1]),
-        labels.reshape(-1),
+        labels.reshape(-1).long(),
         weight=weight,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
@@ -51,7 +53,7 @@ def cross_entropy(
         return losses.sum()
     if num_items is None:
         num_items = supervised_weight(labels, weight=weight, token_weights=token_weights, ignore_index=ignore_index)
-    return losses.sum() / num_items.clamp(min=torch.finfo(losses.dtype).tiny).to(losses.dtype)
+    return losses.sum() / num_items.to(losses.dtype).clamp(min=torch.finfo(losses.dtype).tiny)
 
 
 def supervised_weight(
@@ -61,9 +63,11 @@ def supervised_weight(
     token_weights: torch.Tensor | None = None,  # (...)
     ignore_index: int = -100,
 ) -> torch.Tensor:
-    """The divisor of the mean: sum_i u_i w[y_i] over supervised labels, as a scalar."""
+    """The divisor of the mean: sum_i u_i w[y_i] over supervised labels, as an fp64 scalar: any cut sums to the same."""
     kept = labels != ignore_index
-    total = kept.to(torch.float32) if token_weights is None else kept * token_weights
+    total = kept.double()
+    if token_weights is not None:
+        total = total * token_weights
     if weight is not None:
-        total = total * weight[labels.masked_fill(~kept, 0)]
+        total = total * weight[labels.masked_fill(~kept, 0).long()]
     return total.sum()

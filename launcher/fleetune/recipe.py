@@ -6,71 +6,22 @@ that names them, on the command line from the working folder. Nothing here impor
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import ValidationError
 
-from fleetune.schema import DATA_SUFFIXES, Recipe, RecipeError, Section, combinations
+from fleetune.combinations import combinations, missing_files
+from fleetune.schema import DATA_SUFFIXES, Recipe, RecipeError, Section
+from fleetune.strict_yaml import dump_yaml, parse_yaml
 
 Path_ = tuple[str | int, ...]
-
-
-# ---------------------------------------------------------------- YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML as people mean it: 5e-5 is a number, `no` is a word, and a key written twice is an error."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp)
-        for tag, regexp in resolvers
-        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
-    list("-+.0123456789"),
-)
-
-
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
-    for key, (key_node, _) in zip(keys, node.value, strict=True):
-        if not isinstance(key, str):
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", key_node.start_mark)
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key `{key}` stands here twice", key_node.start_mark
-            )
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
-
-
-def parse_yaml(text: str, origin: str) -> Any:
-    """Raises RecipeError with the line and column where the text is not YAML."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
-        raise RecipeError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
 
 
 # ---------------------------------------------------------------- faults
@@ -96,6 +47,9 @@ def dotted(path: Path_) -> str:
 
 
 def _shown(value: Any) -> str:
+    """As it stands in a recipe, shortened."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -108,11 +62,18 @@ def _models(annotation: Any) -> Iterator[type[Section]]:
         yield from _models(argument)
 
 
+def _inside(values: Any, part: str | int) -> Any:
+    """What stands at a key or an index; None where nothing does."""
+    if isinstance(values, dict):
+        return values.get(part)
+    return values[part] if isinstance(values, list) and isinstance(part, int) and part < len(values) else None
+
+
 def _sections_at(path: Path_, values: Any) -> list[type[Section]]:
     """The schema classes that may stand at a path of the recipe."""
     found: list[type[Section]] = [Recipe]
     for part in path:
-        values = values[part] if isinstance(values, dict | list) else None
+        values = _inside(values, part)
         if isinstance(part, int):
             continue
         found = [
@@ -130,20 +91,27 @@ def _sections_at(path: Path_, values: Any) -> list[type[Section]]:
 def _all_names(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, info in section.model_fields.items():
         yield name, prefix + name
+        first = "0." if get_origin(info.annotation) is list else ""
         for inner in _models(info.annotation):
-            yield from _all_names(inner, f"{prefix}{name}.")
+            yield from _all_names(inner, f"{prefix}{name}.{first}")
 
 
 def _unknown_key(path: Path_, values: Any) -> str:
     key = str(path[-1])
     legal = sorted({name for section in _sections_at(path[:-1], values) for name in section.model_fields})
+    if len(path) == 1:
+        legal.append("extends")
+    places: dict[str, str] = {}
+    for name, place in _all_names():
+        places.setdefault(name, place)
+    if key in places:
+        if places[key] != dotted(tuple(0 if isinstance(part, int) else part for part in path)):
+            return f"unknown key here; did you mean `{places[key]}`?"
+        return f"not a key of this kind; legal here: {', '.join(legal)}"
     near = difflib.get_close_matches(key, legal, n=1, cutoff=0.6)
-    if near:
-        return f"unknown key; did you mean `{near[0]}`?"
-    elsewhere = [name for short, name in _all_names() if short == key]
-    if elsewhere:
-        return f"unknown key here; did you mean `{elsewhere[0]}`?"
-    return f"unknown key; legal here: {', '.join(legal)}"
+    if not near and (elsewhere := difflib.get_close_matches(key, places, n=1, cutoff=0.8)):
+        return f"unknown key; did you mean `{places[elsewhere[0]]}`?"
+    return "unknown key; " + (f"did you mean `{near[0]}`?" if near else f"legal here: {', '.join(legal)}")
 
 
 def _nearest(value: Any, legal: list[str]) -> str:
@@ -151,37 +119,62 @@ def _nearest(value: Any, legal: list[str]) -> str:
     return f"; did you mean `{near[0]}`?" if near else ""
 
 
+def _wrong_type(kind: str, value: Any) -> str | None:
+    """In a recipe's words, where pydantic's are Python's."""
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return "should be a map of keys" + (", a `kind` among them" if kind == "model_attributes_type" else "")
+    if kind == "list_type":
+        return "should be a list, each item after a `- ` or all in [ ]"
+    if kind == "string_type":
+        return "should be text" + ("; write it in quotes" if isinstance(value, bool | int | float) else "")
+    if kind == "bool_type":
+        return "should be true or false"
+    if kind in ("int_type", "float_type"):
+        what = "a whole number" if kind == "int_type" else "a number"
+        if kind == "int_type" and isinstance(value, float) and value.is_integer():
+            return f"should be {what}: {int(value)}"
+        with contextlib.suppress(RecipeError):
+            if isinstance(value, str) and type(parse_yaml(value, "")) in (int, float):
+                return f"should be {what}, without quotes"
+        return f"should be {what}"
+    return None
+
+
 def _fault_lines(error: ValidationError, layers: _Layers, file: str) -> list[str]:
     lines = []
     for fault in error.errors(include_url=False):
+        kind = fault["type"]
         path: Path_ = ()
-        values: Any = layers.values
+        value: Any = layers.values
         for part in fault["loc"]:  # the tag of a union by kind is no key of the recipe: leave it out
-            if isinstance(values, dict) and part not in values and values.get("kind") == part:
+            if isinstance(value, dict) and part not in value and value.get("kind") == part:
                 continue
-            path = (*path, part)
-            values = (
-                values[part] if isinstance(values, dict | list) and (isinstance(part, int) or part in values) else None
-            )
-        if fault["type"] == "extra_forbidden":
+            path, value = (*path, part), _inside(value, part)
+        if kind == "extra_forbidden":
             message = _unknown_key(path, layers.values)
-        elif fault["type"] == "missing":
+        elif kind == "missing":
             message = "this key is required"
-        elif fault["type"] in ("literal_error", "union_tag_invalid"):
-            context = fault["ctx"]
-            legal = re.findall(r"'([^']+)'", str(context.get("expected") or context["expected_tags"]))
-            wrong = values.get("kind") if fault["type"] == "union_tag_invalid" else values
-            if fault["type"] == "union_tag_invalid":
-                path, values = (*path, "kind"), wrong
-            message = f"legal values: {', '.join(legal)}" + _nearest(wrong, legal)
-        elif fault["type"] == "union_tag_not_found":
-            path, message = (*path, "kind"), "this key is required"
-        elif fault["type"] == "string_pattern_mismatch":
+        elif kind in ("literal_error", "union_tag_invalid", "union_tag_not_found"):
+            if kind == "literal_error":
+                legal = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
+            else:
+                legal = [
+                    name
+                    for m in _sections_at(path, layers.values)
+                    for name in get_args(m.model_fields["kind"].annotation)
+                ]
+                path, value = (*path, "kind"), value.get("kind")
+            message = f"legal values: {', '.join(legal)}" + _nearest(value, legal)
+        elif kind == "string_pattern_mismatch":
             message = "letters, digits, '.', '_' and '-' only, at most 100 of them, a letter or digit first"
         else:
-            message = re.sub(r"^Input should be", "should be", fault["msg"])
-        value = "" if fault["type"] in ("missing", "union_tag_not_found") else f" = {_shown(values)}"
-        lines.append(f"{layers.origin(path, file)}: {dotted(path)}{value}: {message}")
+            message = _wrong_type(kind, value) or re.sub(r"^Input should be", "should be", fault["msg"])
+        is_there = kind not in ("missing", "union_tag_not_found")
+        if kind == "union_tag_not_found":
+            message = f"this key is required; {message}"
+        lines.append(
+            f"{layers.origin(path, file)}: {dotted(path)}{f' = {_shown(value)}' if is_there else ''}: {message}"
+        )
     return list(dict.fromkeys(lines))
 
 
@@ -203,10 +196,16 @@ def _expand(value: str, where: str) -> str:
             raise RecipeError(
                 f"{where} = {_shown(value)}: ${{{name}}} looks like a secret, and the recipe is stored in plain text"
             )
-        if name not in os.environ and default is None:
-            raise RecipeError(f"{where} = {_shown(value)}: the environment variable {name} is not set")
+        if not os.environ.get(name) and default is None:
+            state = "is empty" if name in os.environ else "is not set"
+            raise RecipeError(
+                f"{where} = {_shown(value)}: the environment variable {name} {state}; "
+                f"set it, or write ${{{name}:-the path without it}}"
+            )
         return os.environ.get(name) or default or ""
 
+    if "${" in _VARIABLE.sub("", value):
+        raise RecipeError(f"{where} = {_shown(value)}: a variable has the form ${{NAME}} or ${{NAME:-default}}")
     return _VARIABLE.sub(replace, value)
 
 
@@ -236,8 +235,14 @@ def _localise(values: dict[str, Any], origin: str, folder: Path) -> None:
     for key in _PATH_KEYS:
         parent, last = _lookup(values, key)
         if isinstance(parent, dict) and isinstance(parent.get(last), str):
-            expanded = _expand(parent[last], f"{origin}: {dotted(key)}")
-            parent[last] = local_or_hub(expanded, folder, is_local=key == ("output_dir",))
+            where = f"{origin}: {dotted(key)}"
+            expanded = _expand(parent[last], where)
+            if not expanded:
+                raise RecipeError(f"{where} = {_shown(parent[last])}: is empty; leave it out, or give a path")
+            try:
+                parent[last] = local_or_hub(expanded, folder, is_local=key == ("output_dir",))
+            except RuntimeError:  # of expanduser
+                raise RecipeError(f"{where} = {_shown(parent[last])}: there is no such user") from None
 
 
 def _merge(base: Any, over: Any, origin: str, origins: dict[Path_, str], path: Path_ = ()) -> Any:
@@ -255,14 +260,15 @@ def _merge(base: Any, over: Any, origin: str, origins: dict[Path_, str], path: P
 
 
 def _read(file: Path, layers: _Layers, seen: tuple[Path, ...] = ()) -> None:
-    file = Path(os.path.abspath(file))
+    file = Path(os.path.normpath(file.absolute()))
     if file in seen:
         raise RecipeError(f"{file}: extends: a circle: {' -> '.join(str(f) for f in (*seen, file))}")
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RecipeError(f"{file}: cannot read the recipe: {reason}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        place = f"{seen[-1]}: extends: {file}" if seen else str(file)
+        raise RecipeError(f"{place}: cannot read the recipe: {reason}") from None
     values = parse_yaml(text, str(file))
     if not isinstance(values, dict):
         raise RecipeError(f"{file}: a recipe is a map of keys, this is {'empty' if values is None else _shown(values)}")
@@ -280,42 +286,58 @@ COMMAND_LINE = "command line"
 
 def _override(layers: _Layers, assignment: str) -> None:
     name, equals, text = assignment.partition("=")
-    if not equals or not name or any(not part for part in name.split(".")):
+    if not equals or not all(name.split(".")):
         raise RecipeError(f"{COMMAND_LINE}: {assignment!r}: an override has the form key.path=value")
-    value = parse_yaml(text, f"{COMMAND_LINE}: {name}")
-    path: Path_ = tuple(int(part) if part.isdigit() else part for part in name.split("."))
-    nested: dict[str, Any] = {}
-    if not any(isinstance(part, int) for part in path):
-        place = nested
-        for part in path[:-1]:
-            place = place.setdefault(str(part), {})
-        place[str(path[-1])] = value
-        _localise(nested, COMMAND_LINE, Path.cwd())
-        layers.values = _merge(layers.values, nested, COMMAND_LINE, layers.origins)
-        return
-    place_: Any = layers.values
-    for depth, part in enumerate(path):
-        there = path[: depth + 1]
-        if isinstance(part, int):
-            if not isinstance(place_, list) or part >= len(place_):
-                size = f"a list of {len(place_)}" if isinstance(place_, list) else "no list"
-                raise RecipeError(
-                    f"{COMMAND_LINE}: {dotted(there)}: `{dotted(path[:depth])}` is {size}, counted from 0"
-                )
-        elif not isinstance(place_, dict):
-            raise RecipeError(f"{COMMAND_LINE}: {dotted(there)}: `{dotted(path[:depth])}` is no map")
-        if depth == len(path) - 1:
-            place_[part] = value
-        else:
-            place_ = place_.setdefault(part, {}) if isinstance(place_, dict) else place_[part]
-    layers.origins[path] = COMMAND_LINE
+    if name == "extends":
+        raise RecipeError(f"{COMMAND_LINE}: {assignment!r}: extends stands in recipe files only")
+    value = parse_yaml(text, f"{COMMAND_LINE}: {name} = {text!r}", position=False)
+    path = _path_of(name, layers.values)
+    changed: dict[Path_, str] = {}
+    over = _with(layers.values, path, value, changed)
+    _localise(over, COMMAND_LINE, Path.cwd())
+    index = next((depth for depth, part in enumerate(path) if isinstance(part, int)), 0)
+    origin = layers.origin(path[:index], COMMAND_LINE)  # of the list's other items
+    layers.values = _merge(layers.values, over, COMMAND_LINE, layers.origins)
+    if index:
+        layers.origins |= {path[:index]: origin, **changed}
+
+
+def _path_of(name: str, values: Any) -> Path_:
+    """The parts of a dotted name, those of lists as numbers. Raises RecipeError for an item that is not there."""
+    path: Path_ = ()
+    for part in name.split("."):
+        number = int(part) if part.isascii() and part.isdigit() else None
+        where = f"{COMMAND_LINE}: {dotted((*path, part))}: `{dotted(path)}`"
+        if isinstance(values, list):
+            if number is None or number >= len(values):
+                there = f"its items are 0 to {len(values) - 1}" if values else "it is empty"
+                raise RecipeError(f"{where} is a list of {len(values)}; {there}")
+        elif number is not None and not isinstance(values, dict):
+            hint = f"; give it whole, as {dotted(path)}=[...]" if values is None else ""
+            raise RecipeError(f"{where} is no list in this recipe{hint}")
+        path = (*path, number if isinstance(values, list) and number is not None else part)
+        values = _inside(values, path[-1])
+    return path
+
+
+def _with(base: Any, path: Path_, value: Any, changed: dict[Path_, str], done: Path_ = ()) -> Any:
+    """What merges over `base` to give `path` its value: maps with that key alone, a list whole, one item changed."""
+    if not path:
+        return value
+    part, here = path[0], (*done, path[0])
+    over = _with(_inside(base, part), path[1:], value, changed, here)
+    if isinstance(part, str):
+        return {part: over}
+    items = list(base)
+    items[part] = _merge(base[part] if path[1:] else None, over, COMMAND_LINE, changed, here)
+    return items
 
 
 # ---------------------------------------------------------------- the way in and out
 
 
 def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads, merges, expands and checks a recipe.
+    """Reads, merges, expands and checks a recipe, and that the files it names are there.
 
     Raises:
         RecipeError: with a line for each fault.
@@ -326,11 +348,14 @@ def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
         _override(layers, assignment)
     if "output_dir" not in layers.values:
         layers.values["output_dir"] = str(Path.cwd() / "runs")
-    return _validate(layers, str(file))
+    file = os.path.normpath(Path(file).absolute())
+    recipe = _validate(layers, file)
+    _refuse(missing_files(recipe), layers, file)
+    return recipe
 
 
 def parse_recipe(text: str, origin: str) -> Recipe:
-    """A recipe that is resolved already, as stored in a run folder."""
+    """A recipe that is resolved already, as stored in a run folder; the files it names need not be there."""
     values = parse_yaml(text, origin)
     if not isinstance(values, dict):
         raise RecipeError(f"{origin}: a recipe is a map of keys")
@@ -342,23 +367,30 @@ def _validate(layers: _Layers, file: str) -> Recipe:
         recipe = Recipe.model_validate(layers.values)
     except ValidationError as error:
         raise RecipeError("\n".join(_fault_lines(error, layers, file))) from None
-    faults = [
-        f"{layers.origin(tuple(int(p) if p.isdigit() else p for p in path.split('.')), file)}: "
-        f"{path} = {_shown(value)}: {message}"
-        for path, value, message in combinations(recipe)
-    ]
-    if faults:
-        raise RecipeError("\n".join(faults))
+    _refuse(combinations(recipe), layers, file)
     return recipe
 
 
+def _refuse(faults: Iterable[tuple[str, Any, str]], layers: _Layers, file: str) -> None:
+    lines = []
+    for name, value, message in faults:
+        path = tuple(int(part) if part.isdigit() else part for part in name.split("."))
+        lines.append(f"{layers.origin(path, file)}: {name} = {_shown(value)}: {message}")
+    if lines:
+        raise RecipeError("\n".join(lines))
+
+
 def dump_recipe(recipe: Recipe) -> str:
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def flatten(values: Any, path: Path_ = ()) -> Iterator[tuple[str, Any]]:
+    """Each value with its dotted path; the items of a list one by one where they are maps."""
     if isinstance(values, dict) and values:
         for key, value in values.items():
             yield from flatten(value, (*path, key))
+    elif isinstance(values, list) and any(isinstance(item, dict) for item in values):
+        for index, item in enumerate(values):
+            yield from flatten(item, (*path, index))
     else:
         yield dotted(path), values

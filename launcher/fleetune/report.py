@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from fleetune import runs
@@ -13,14 +14,15 @@ from fleetune.schema import RecipeError
 
 def _with_baselines(folders: list[Path]) -> list[runs.Run]:
     found: dict[Path, runs.Run] = {}
-    for folder in folders:
-        run = runs.Run(folder)
-        if not (folder / "run.json").exists():
-            raise RecipeError(f"{folder}: is no run folder (it has no run.json)")
-        found[folder.resolve()] = run
-        baseline = run.info().get("baseline")
-        if baseline is not None and (folder.parent / baseline / "run.json").exists():
-            found[(folder.parent / baseline).resolve()] = runs.Run(folder.parent / baseline)
+    for given in folders:
+        run = runs.Run(given.resolve())
+        for file in ("run.json", "recipe.yaml"):
+            if not (run.path / file).exists():
+                raise RecipeError(f"{given}: is no run folder (it has no {file})")
+        found[run.path] = run
+        baseline = runs.Run(run.path.parent / run.info().get("baseline", run.path.name))
+        if baseline.recipe_file.exists():
+            found.setdefault(baseline.path, baseline)
     return list(found.values())
 
 
@@ -30,7 +32,7 @@ def row(run: runs.Run) -> dict[str, str]:
     cells = {"run": run.path.name, "weights": "from scratch" if recipe.model.from_scratch else "pretrained"}
     if not run.eval.exists():
         last = runs.read_jsonl(run.attempts)[-1:] or [{}]
-        return {**cells, "state": last[0].get("reason", "unfinished").splitlines()[0]}
+        return {**cells, "state": last[0].get("reason", "unfinished").partition("\n")[0]}
     report: dict[str, Any] = runs.read_json(run.eval)
     for split in ("validation", "test"):
         cells |= {f"{split} {name}": f"{value:.4f}" for name, value in report[split].items()}
@@ -53,5 +55,5 @@ def comparison(folders: list[Path]) -> Table:
             column, justify="left" if column in ("run", "weights", "state") else "right", no_wrap=column == "run"
         )
     for cells in rows:
-        table.add_row(*(cells.get(column, "") for column in columns))
+        table.add_row(*(escape(cells.get(column, "")) for column in columns))
     return table

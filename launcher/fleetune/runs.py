@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fleetune.recipe import dump_recipe, flatten, parse_recipe
 from fleetune.schema import Recipe, RecipeError
 
@@ -24,6 +26,7 @@ DONE, FAILED, WRONG, FAILED_FOR_GOOD, SAVED = 0, 1, 2, 3, 75
 
 LEASE_SECONDS = 60.0  # a lease whose heartbeat is older is nobody's
 MAY_CHANGE = (
+    "output_dir",  # the folder was found by it; it may have moved
     "training.num_train_epochs",
     "training.max_steps",
     "training.logging_steps",
@@ -93,10 +96,11 @@ def versions() -> dict[str, str]:
 
 
 def source_commit() -> str | None:
-    """The commit of the checkout that Fleetune runs from; None for an installed package."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    with contextlib.suppress(OSError):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    """The commit of the checkout that Fleetune runs from; None for an installed package, wherever it lies."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        for command in (["ls-files", "--error-unmatch", __file__], ["describe", "--always", "--dirty", "--abbrev=12"]):
+            done = subprocess.run([*git, *command], capture_output=True, text=True, check=True)
         return done.stdout.strip() or None
     return None
 
@@ -108,7 +112,7 @@ def open_run(recipe: Recipe, layout: dict[str, int], fresh: bool = False) -> Run
     """Makes the recipe's run folder, or takes up the one that is there; `layout` holds nodes, nproc_per_node, threads.
 
     Raises:
-        RecipeError: the folder is of another recipe or layout, or is no run folder.
+        RecipeError: the folder is of another recipe or layout, is no run folder, cannot be made, or is at work.
     """
     base = Path(recipe.output_dir) / recipe.name
     if fresh:
@@ -117,30 +121,31 @@ def open_run(recipe: Recipe, layout: dict[str, int], fresh: bool = False) -> Run
             name, number = f"{recipe.name}-{number}", number + 1
         recipe = recipe.model_copy(update={"name": name})
         base = Path(recipe.output_dir) / name
-    run = Run(base)
-    if (run.path / "run.json").exists():
-        _refuse_another_recipe(run, recipe, layout)
-    elif run.path.exists() and any(run.path.iterdir()):
+    run, text = Run(base), dump_recipe(recipe)
+    parse_recipe(text, str(run.recipe_file))  # as the ranks will: a name may have grown too long
+    try:
+        if (run.path / "run.json").exists():
+            _refuse_another_attempt(run.path / "lease.json")  # before what it reads is changed
+            _refuse_another_recipe(run, recipe, layout)
+        else:
+            _make(run, recipe, layout)
+        write_text(run.recipe_file, text)
+    except OSError as error:
+        raise RecipeError(f"output_dir/name = {str(run.path)!r}: cannot be written: {error.strerror}") from None
+    return run
+
+
+def _make(run: Run, recipe: Recipe, layout: dict[str, int]) -> None:
+    """The folder with its run.json; takes up one that a kill has left without."""
+    run.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if any(not path.name.startswith(".run.json.") for path in run.path.iterdir()):
         raise RecipeError(
             f"output_dir/name = {str(run.path)!r}: is there already and is no run folder; "
             "choose another name, or --fresh"
         )
-    else:
-        run.path.mkdir(parents=True, exist_ok=True)
-        run.path.chmod(0o700)
-        write_json(
-            run.path / "run.json",
-            {
-                "id": secrets.token_hex(4),
-                "name": recipe.name,
-                "created": _now(),
-                "versions": versions(),
-                "commit": source_commit(),
-                "layout": layout,
-            },
-        )
-    write_text(run.recipe_file, dump_recipe(recipe))
-    return run
+    run.path.chmod(0o700)
+    made = {"id": secrets.token_hex(4), "name": recipe.name, "created": _now(), "versions": versions()}
+    write_json(run.path / "run.json", {**made, "commit": source_commit(), "layout": layout})
 
 
 def write_text(path: Path, text: str) -> None:
@@ -151,13 +156,20 @@ def write_text(path: Path, text: str) -> None:
 
 def differences(stored: Recipe, new: Recipe) -> list[str]:
     """A line for each key that differs and may not, when a run is taken up again."""
-    old, now = (dict(flatten(recipe.model_dump(mode="json"))) for recipe in (stored, new))
+    old, now = (
+        {key: value for key, value in flatten(recipe.model_dump(mode="json")) if value not in (None, [], {})}
+        for recipe in (stored, new)
+    )
     keys = [key for key in {**old, **now} if old.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)]
-    return [f"{key}: {old.get(key)!r} in the run, {now.get(key)!r} now" for key in keys]
+
+    def said(values: dict[str, Any], key: str) -> str:
+        return repr(values[key]) if key in values else "nothing"
+
+    return [f"{key}: {said(old, key)} in the run, {said(now, key)} now" for key in keys]
 
 
 def _refuse_another_recipe(run: Run, recipe: Recipe, layout: dict[str, int]) -> None:
-    changed = differences(run.recipe(), recipe)
+    changed = differences(run.recipe(), recipe) if run.recipe_file.exists() else []  # killed before it was written
     if changed:
         raise RecipeError(
             f"{run.path} is a run of another recipe (--fresh takes the next free name):\n  " + "\n  ".join(changed)
@@ -183,23 +195,26 @@ def is_finished(run: Run, steps: int) -> bool:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Whole lines; one torn by a kill is left out."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         with contextlib.suppress(ValueError):
             lines.append(json.loads(line))
     return lines
 
 
 def append_jsonl(path: Path, value: dict[str, Any]) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
-        os.write(descriptor, (json.dumps(value) + "\n").encode())
+        size = os.fstat(descriptor).st_size
+        is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, (("\n" if is_torn else "") + json.dumps(value) + "\n").encode())
     finally:
         os.close(descriptor)
 
 
 def start_attempt(run: Run, nodes: list[str]) -> int:
     """Records the attempt; returns its number, counted from 1."""
-    number = 1 + max((entry["attempt"] for entry in read_jsonl(run.attempts)), default=0)
+    logged = (int(path.name.removeprefix("attempt-")) for path in run.logs(0).parent.glob("attempt-[0-9]*"))
+    number = 1 + max([*(entry["attempt"] for entry in read_jsonl(run.attempts)), *logged], default=0)
     run.logs(number).mkdir(parents=True, exist_ok=True)
     append_jsonl(run.attempts, {"attempt": number, "event": "start", "time": _now(), "nodes": nodes})
     return number
@@ -253,36 +268,75 @@ class _Lease:
     beaten: float = 0.0
 
     def take(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            other = read_json(self.path)
-            here = other["host"] == socket.gethostname()
-            alive = _process_lives(other["pid"]) if here else time.time() - other["time"] < LEASE_SECONDS
-            if alive:
-                raise RecipeError(
-                    f"{self.path.parent}: another attempt is at work on this run "
-                    f"(process {other['pid']} on {other['host']})"
-                ) from None
-        self.beat()
+        _refuse_another_attempt(self.path)
+        self.path.unlink(missing_ok=True)
+        beside = self.path.with_name(f".lease.{self.token}")
+        write_json(beside, self._now())
+        try:
+            os.link(beside, self.path)  # unlike a rename, this fails where another was faster
+        except FileExistsError:
+            raise RecipeError(f"{self.path.parent}: another attempt is starting on this run") from None
+        except OSError:  # a file system without hard links
+            beside.replace(self.path)
+        finally:
+            beside.unlink(missing_ok=True)
 
     def beat(self) -> None:
-        """To be called every few seconds; writes every 10."""
-        if time.time() - self.beaten >= 10.0:
-            self.beaten = time.time()
-            write_json(
-                self.path, {"host": socket.gethostname(), "pid": os.getpid(), "token": self.token, "time": self.beaten}
-            )
+        """To be called every few seconds; writes every 10.
+
+        Raises:
+            RecipeError: another attempt has taken the run over, while this one's machine slept.
+        """
+        if time.time() - self.beaten < 10.0:
+            return
+        held = _held(self.path)
+        if held is not None and held["token"] != self.token:
+            raise RecipeError(_at_work(self.path, held))
+        write_json(self.path, self._now())
+
+    def _now(self) -> dict[str, Any]:
+        self.beaten = time.time()
+        started = psutil.Process().create_time()
+        here = {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
+        return {**here, "token": self.token, "time": self.beaten}
 
     def release(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            if read_json(self.path)["token"] == self.token:
-                self.path.unlink()
+        held = _held(self.path)
+        if held is not None and held["token"] == self.token:
+            self.path.unlink(missing_ok=True)
 
 
-def _process_lives(pid: int) -> bool:
+def _held(path: Path) -> dict[str, Any] | None:
+    """What the lease says; None where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        held = read_json(path)
+        if isinstance(held, dict) and {"host", "pid", "started", "token", "time"} <= held.keys():
+            return held
+    return None
+
+
+def _refuse_another_attempt(path: Path) -> None:
+    held = _held(path)
+    if held is None:
+        return
+    if held["host"] == socket.gethostname():
+        alive = _process_lives(held["pid"], held["started"])
+    else:
+        alive = time.time() - held["time"] < LEASE_SECONDS
+    if alive:
+        raise RecipeError(_at_work(path, held))
+
+
+def _at_work(path: Path, held: dict[str, Any]) -> str:
+    return f"{path.parent}: another attempt is at work on this run (process {held['pid']} on {held['host']})"
+
+
+def _process_lives(pid: int, started: float) -> bool:
+    """Whether that very process lives: a number is given again, in a container nearly always."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 5.0
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
+    except psutil.AccessDenied:
         return True
-    return True

@@ -1,13 +1,13 @@
-"""The recipe's schema: what may stand in it, what fits together, and how its batch is cut. Nothing here imports torch."""
+"""The recipe's schema: what may stand in it, and how its batch is cut. Nothing here imports torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 
 class RecipeError(ValueError):
@@ -30,6 +30,16 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 
 
+def _scalar(value: Any) -> Any:
+    """One message where the union below would give four."""
+    if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
+        raise PydanticCustomError("scalar", "should be text, a finite number, true or false")
+    return value
+
+
+Scalar = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
+
+
 class Model(Section):
     model_name_or_path: str
     """A hub name, a folder, or package://NAME/FOLDER for a model inside an installed Python package."""
@@ -42,13 +52,13 @@ class Model(Section):
     from_scratch: bool = False
     """Keeps the architecture and the tokenizer and draws fresh weights: the baseline."""
     freeze: list[str] = []
-    """Parameters that do not train: dotted names, with * for any run of characters (`*.embeddings.*`, `*.layer.0.*`)."""
+    """Parameters that do not train: dotted names, * for any run of characters (`*.embeddings.*`, `*.layer.0.*`)."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
         None
     )
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: less memory, about a third more time."""
-    config: dict[str, bool | int | float | str] = {}
+    config: dict[str, Scalar] = {}
     """Values that replace those of the model's own config, e.g. hidden_dropout_prob: 0.0."""
     trust_remote_code: bool = False
 
@@ -63,7 +73,7 @@ class Source(Section):
     revision: str | None = None
     limit: Positive | None = None
     """Takes the first rows only."""
-    where: dict[str, bool | int | float | str] = {}
+    where: dict[str, Scalar] = {}
     """Keeps the rows whose columns have these values, e.g. {split: train}."""
 
 
@@ -227,7 +237,7 @@ REGRESSION_METRICS: tuple[Metric, ...] = ("pearson", "spearman", "mse")
 LOWER_IS_BETTER = ("loss", "mse")
 
 
-# ---------------------------------------------------------------- what fits together
+# ---------------------------------------------------------------- what follows from a recipe
 
 
 def losses_of(recipe: Recipe) -> list[Any]:
@@ -244,104 +254,6 @@ def metrics_of(recipe: Recipe) -> tuple[Metric, ...]:
 
 def best_metric_of(recipe: Recipe) -> Metric:
     return recipe.evaluation.metric_for_best_model or metrics_of(recipe)[0]
-
-
-def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
-    """Each impossible combination as (key path, value, what would be right)."""
-    classification = recipe.task == "classification"
-    if not classification and recipe.model.num_labels not in (None, 1):
-        yield "model.num_labels", recipe.model.num_labels, "regression has one output: 1, or leave it out"
-    if classification and recipe.model.num_labels == 1:
-        yield "model.num_labels", 1, "classification needs at least 2 classes; `task: regression` has one output"
-    names = recipe.model.label_names
-    if names is not None and len(set(names)) != len(names):
-        yield "model.label_names", names, "a name stands there twice"
-    if names is not None and recipe.model.num_labels not in (None, len(names)):
-        yield "model.label_names", names, f"should be {recipe.model.num_labels} names, as model.num_labels says"
-    wrong = "mse" if classification else "cross_entropy"
-    kinds = [loss.kind for loss in losses_of(recipe)]
-    for index, loss in enumerate(recipe.losses):
-        if loss.kind == wrong:
-            yield (
-                f"losses.{index}.kind",
-                loss.kind,
-                f"does not fit task: {recipe.task}; " + ("use cross_entropy" if classification else "use mse"),
-            )
-        weights = loss.class_weights if isinstance(loss, CrossEntropy) else None
-        if weights is not None and recipe.model.num_labels not in (None, len(weights)):
-            yield (
-                f"losses.{index}.class_weights",
-                weights,
-                f"should be {recipe.model.num_labels} numbers, as model.num_labels says",
-            )
-        if weights is not None and not any(weights):
-            yield f"losses.{index}.class_weights", weights, "at least one should be above 0"
-        if kinds.index(loss.kind) != index and loss.kind in ("cross_entropy", "mse"):
-            yield f"losses.{index}.kind", loss.kind, "stands in the list twice; give one of them the weight"
-    if all(kind.endswith("_penalty") for kind in kinds):
-        yield "losses", kinds, "penalties alone teach nothing: add " + ("cross_entropy" if classification else "mse")
-    legal = (CLASSIFICATION_METRICS if classification else REGRESSION_METRICS) + ("loss",)
-    for index, metric in enumerate(recipe.evaluation.metrics or ()):
-        if metric not in legal:
-            yield f"evaluation.metrics.{index}", metric, f"does not fit task: {recipe.task}; legal: {', '.join(legal)}"
-    best = recipe.evaluation.metric_for_best_model
-    if best is not None and best not in (*metrics_of(recipe), "loss"):
-        yield (
-            "evaluation.metric_for_best_model",
-            best,
-            f"is not computed; legal: {', '.join(dict.fromkeys((*metrics_of(recipe), 'loss')))}",
-        )
-    has_validation = recipe.data.validation is not None or recipe.data.validation_fraction is not None
-    if recipe.data.validation is not None and recipe.data.validation_fraction is not None:
-        yield (
-            "data.validation_fraction",
-            recipe.data.validation_fraction,
-            "there is a validation split already; leave one of the two out",
-        )
-    if not has_validation:
-        for key in ("eval_steps", "early_stopping_patience", "metric_for_best_model"):
-            if getattr(recipe.evaluation, key) is not None:
-                yield (
-                    f"evaluation.{key}",
-                    getattr(recipe.evaluation, key),
-                    "there is no validation data: give data.validation or data.validation_fraction",
-                )
-    yield from _training_combinations(recipe)
-
-
-def _training_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
-    training, deepspeed, data = recipe.training, recipe.deepspeed, recipe.data
-    if training.bf16 and training.fp16:
-        yield "training.fp16", True, "bf16 is on already; choose one"
-    if training.warmup_steps and training.warmup_ratio:
-        yield "training.warmup_steps", training.warmup_steps, "training.warmup_ratio says it already; leave one out"
-    if training.global_batch_size and training.gradient_accumulation_steps:
-        per_rank = training.global_batch_size % training.gradient_accumulation_steps
-        if per_rank:
-            yield (
-                "training.global_batch_size",
-                training.global_batch_size,
-                f"does not divide by gradient_accumulation_steps = {training.gradient_accumulation_steps}",
-            )
-    if deepspeed.offload_optimizer != "none" and deepspeed.zero_stage == 0:
-        yield "deepspeed.offload_optimizer", deepspeed.offload_optimizer, "needs zero_stage 1, 2 or 3"
-    if deepspeed.offload_param != "none" and deepspeed.zero_stage != 3:
-        yield "deepspeed.offload_param", deepspeed.offload_param, "needs zero_stage 3"
-    if data.text_pair_column is not None and data.augmentation:
-        yield (
-            "data.augmentation",
-            [a.kind for a in data.augmentation],
-            "is for one text, not for a pair (data.text_pair_column)",
-        )
-    columns = [c for c in (data.text_column, data.text_pair_column, data.label_column, data.weight_column) if c]
-    if len(set(columns)) != len(columns):
-        yield "data.label_column", data.label_column, f"the columns should differ, these are {', '.join(columns)}"
-    for name, source in (("train", data.train), ("validation", data.validation), ("test", data.test)):
-        if source is not None and Path(source.path).is_absolute():
-            if not Path(source.path).exists():
-                yield f"data.{name}.path", source.path, "there is no such file"
-            elif Path(source.path).suffix not in DATA_SUFFIXES:
-                yield f"data.{name}.path", source.path, f"should be a file of {', '.join(DATA_SUFFIXES)}"
 
 
 @dataclass(frozen=True)
@@ -392,8 +304,16 @@ def total_steps(training: Training, rows: int, batch: Batch) -> int:
 
 
 def json_schema() -> dict[str, Any]:
-    """Of a recipe file, in which `extends` may stand too and what a base gives may be missing."""
+    """Of a recipe file: where it `extends` another, what the other may give is not required."""
     schema = Recipe.model_json_schema()
     schema["properties"]["extends"] = {"type": "string", "description": "Another recipe that this one builds on."}
     schema["title"] = "Fleetune recipe"
-    return schema
+    definitions = schema["$defs"]
+    # A loss or an augmentation stands in a list, which is replaced as a whole: its keys stay required.
+    required = {name: definitions[name].pop("required") for name in ("Model", "Data", "Source")}
+    whole = {"required": schema.pop("required"), "properties": {}}
+    whole["properties"]["model"] = {"required": required["Model"]}
+    whole["properties"]["data"] = {"required": required["Data"], "properties": {}}
+    for split in ("train", "validation", "test"):
+        whole["properties"]["data"]["properties"][split] = {"required": required["Source"]}
+    return {**schema, "if": {"not": {"required": ["extends"]}}, "then": whole}

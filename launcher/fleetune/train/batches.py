@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from fleetune.schema import Augmentation, Batch
-from fleetune.train.data import Ints, Split
+from fleetune.train.data import Split, encode
+from fleetune.train.sources import Ints
 
 POOL = 100  # global batches sorted together by length: enough that hardly any padding is left, few enough to stay mixed
 
@@ -109,7 +110,7 @@ def collate(
 
 
 class Augmenter:
-    """Augments and tokenises training rows, each drawn from (seed, epoch, row) alone, so that any cut draws the same."""
+    """Augments and tokenises training rows, each drawn from (seed, epoch, row) alone: any cut draws the same."""
 
     def __init__(
         self, texts: Any, steps: list[Augmentation], tokenizer: Any, max_length: int, seed: int, epoch: int
@@ -123,18 +124,20 @@ class Augmenter:
             augment_text(text, self.steps, self.blank, np.random.default_rng([self.seed, self.epoch, int(row)]))
             for row, text in zip(rows, self.texts[rows.tolist()]["text"], strict=True)
         ]
-        return list(self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"])
+        return list(encode(self.tokenizer, [texts], self.max_length)["input_ids"])
 
 
 def augment_text(text: str, steps: list[Augmentation], blank: str, random: np.random.Generator) -> str:
-    """Word by word; at least one word always stays."""
+    """Word by word. No step drops or deletes every word: where it would, one of them stays."""
     words = text.split()
     for step in steps:
         hit = random.random(len(words)) < step.probability
+        if step.kind != "random_swap" and hit.all() and words:
+            hit[random.integers(len(words))] = False
         if step.kind == "word_dropout":
             words = [blank if drop else word for word, drop in zip(words, hit, strict=True)]
         elif step.kind == "random_deletion":
-            words = [word for word, drop in zip(words, hit, strict=True) if not drop] or words[:1]
+            words = [word for word, drop in zip(words, hit, strict=True) if not drop]
         else:
             for i in np.flatnonzero(hit):
                 j = int(random.integers(len(words)))

@@ -1,4 +1,4 @@
-"""Data: open, clean, label, tokenise once into flat memory-mapped arrays, and compose batches.
+"""Data: clean, label, and tokenise once into flat memory-mapped arrays.
 
 A split is a few flat arrays: all token ids one after the other, and where each row begins. The cache is keyed by
 content (files, tokenizer, settings), so ranks share it and nothing is tokenised twice.
@@ -16,7 +16,7 @@ import re
 import shutil
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,72 +24,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fleetune.schema import Data, Recipe, RecipeError, Source
+from fleetune.schema import Recipe, RecipeError, Source
+from fleetune.train.sources import DataError, Ints, Table, load_hub, no_column, open_source
 
-Ints = npt.NDArray[np.int64]
-CACHE_FORMAT = 1  # raise it when the arrays or the cleaning change
+CACHE_FORMAT = 2  # raise it when the arrays or the cleaning change
 SPLITS = ("train", "validation", "test")
-
-
-class DataError(ValueError):
-    """Data that is not there, or not what the recipe says of it: the key's path, the value and what would be right."""
-
-
-# ---------------------------------------------------------------- opening
-
-
-def open_source(source: Source, key: str, columns: list[str]) -> Any:
-    """A `datasets.Dataset` of the source's rows. Raises DataError that names the key."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    suffix = Path(source.path).suffix
-    local = Path(source.path).is_absolute()
-    try:
-        if not local:
-            rows = datasets.load_dataset(
-                source.path, source.name, split=source.split or "train", revision=source.revision
-            )
-        elif suffix == ".parquet":
-            rows = datasets.load_dataset("parquet", data_files=source.path, split="train")
-        elif suffix in (".json", ".jsonl"):
-            rows = datasets.load_dataset("json", data_files=source.path, split="train")
-        else:
-            # Text stays text: without the converter "007" becomes 7 and "null" becomes nothing. A TSV has no quoting:
-            # SST-2's has quotes that are never closed.
-            rows = datasets.load_dataset(
-                "csv",
-                data_files=source.path,
-                split="train",
-                sep="\t" if suffix == ".tsv" else ",",
-                quoting=3 if suffix == ".tsv" else 0,
-                keep_default_na=False,
-                na_values=[""],
-                converters=dict.fromkeys(columns, str),
-            )
-    except Exception as error:  # datasets raises its own kinds, OSError, ValueError and pandas' kinds here
-        raise DataError(f"data.{key}.path = {source.path!r}: cannot be read: {error}") from error
-    for column, value in source.where.items():
-        if column not in rows.column_names:
-            raise _no_column(f"data.{key}.where.{column}", column, rows.column_names)
-        rows = rows.select(np.flatnonzero([cell == value for cell in rows[column]]))
-    if source.limit is not None:
-        rows = rows.select(range(min(source.limit, len(rows))))
-    if len(rows) == 0:
-        raise DataError(
-            f"data.{key}.path = {source.path!r}: has no rows" + (f" with {source.where}" if source.where else "")
-        )
-    return rows
-
-
-def _no_column(key: str, value: str, columns: list[str]) -> DataError:
-    import difflib
-
-    near = difflib.get_close_matches(value, columns, n=1)
-    return DataError(
-        f"{key} = {value!r}: the data has no such column; it has {', '.join(columns)}"
-        + (f"; did you mean `{near[0]}`?" if near else "")
-    )
+PIECE = 1000  # rows that are tokenised at once: what the tokenizer holds of them goes with their full, uncut length
 
 
 # ---------------------------------------------------------------- cleaning
@@ -116,13 +56,13 @@ class Rows:
     texts: list[tuple[str, ...]]
     labels: list[Any]
     weights: list[float] | None
-    index: list[int]
+    index: Ints
+    class_names: list[str] | None = None  # what the labels' numbers mean, where the data itself says it
 
-    def keep(self, kept: list[int]) -> None:
-        self.texts = [self.texts[i] for i in kept]
-        self.labels = [self.labels[i] for i in kept]
-        self.weights = [self.weights[i] for i in kept] if self.weights is not None else None
-        self.index = [self.index[i] for i in kept]
+    def only(self, kept: list[int]) -> Rows:
+        weights = [self.weights[i] for i in kept] if self.weights is not None else None
+        texts, labels = [self.texts[i] for i in kept], [self.labels[i] for i in kept]
+        return Rows(texts, labels, weights, self.index[np.asarray(kept, dtype=np.int64)], self.class_names)
 
 
 def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]]:
@@ -136,9 +76,12 @@ def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]
         touched: dict[str, int] = {}
         if step in NORMALISE:
             for name, rows in splits.items():
-                changed = [tuple(NORMALISE[step](text) for text in texts) for texts in rows.texts]
-                touched[name] = sum(a != b for a, b in zip(rows.texts, changed, strict=True))
-                rows.texts = changed
+                touched[name] = 0
+                for i, texts in enumerate(rows.texts):
+                    changed = tuple(NORMALISE[step](text) for text in texts)
+                    if changed != texts:
+                        rows.texts[i] = changed
+                        touched[name] += 1
         else:
             train = splits["train"]
             held_out = {texts for name, rows in splits.items() if name != "train" for texts in rows.texts}
@@ -153,7 +96,7 @@ def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]
                 if not drop:
                     kept.append(i)
             touched["train"] = len(train.texts) - len(kept)
-            train.keep(kept)
+            splits["train"] = train.only(kept)
         report[step] = touched
     if not splits["train"].texts:
         raise DataError(f"data.cleaning = {steps}: leaves no training rows")
@@ -163,59 +106,85 @@ def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]
 # ---------------------------------------------------------------- labels
 
 
-def _read_rows(dataset: Any, data: Data, key: str) -> Rows:
-    columns = [data.text_column] + ([data.text_pair_column] if data.text_pair_column else [])
-    for field, column in (
-        ("text_column", data.text_column),
-        ("text_pair_column", data.text_pair_column),
-        ("label_column", data.label_column),
-        ("weight_column", data.weight_column),
-    ):
-        if column is not None and column not in dataset.column_names:
-            if field == "weight_column" and key != "train":
-                continue  # weights are for training
-            raise _no_column(f"data.{field}", column, dataset.column_names)
-    table = [dataset[column] for column in columns]
-    texts = [tuple("" if cell is None else str(cell) for cell in cells) for cells in zip(*table, strict=True)]
-    weights = None
-    if data.weight_column is not None and data.weight_column in dataset.column_names:
-        weights = []
-        for i, value in enumerate(dataset[data.weight_column]):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
-                raise DataError(
-                    f"data.weight_column = {data.weight_column!r}: row {i} of {key} has {value!r}, "
-                    "which is no weight (a number, 0 or more)"
-                )
-            weights.append(float(value))
-        if not any(weights):
-            raise DataError(f"data.weight_column = {data.weight_column!r}: every weight of {key} is 0")
-    labels = [None if isinstance(label, float) and np.isnan(label) else label for label in dataset[data.label_column]]
-    return Rows(texts, labels, weights, list(range(len(texts))))
+def _read_rows(recipe: Recipe, source: Source, key: str) -> Rows:
+    data = recipe.data
+    text_columns = [column for column in (data.text_column, data.text_pair_column) if column is not None]
+    weight_column = data.weight_column if key == "train" else None  # weights are for training
+    others = [column for column in (data.label_column, weight_column) if column is not None]
+    table = open_source(source, key, text_columns, others)
+    for field in ("text_column", "text_pair_column", "label_column", "weight_column"):
+        column = getattr(data, field) if field != "weight_column" else weight_column
+        if column is not None and column not in table.columns:
+            raise no_column(f"data.{field}", column, table.names)
+    columns = [_texts(table, column, key) for column in text_columns]
+    weights = None if weight_column is None else _weights(table, weight_column)
+    labels = [None if isinstance(label, float) and np.isnan(label) else label for label in table.columns[others[0]]]
+    for i, label in enumerate(labels):
+        if not isinstance(label, str | int | float | None):
+            raise DataError(
+                f"data.label_column = {others[0]!r}: row {table.index[i]} of {key} has {label!r}, which is no label "
+                "(a number or a name)"
+            )
+    return Rows(list(zip(*columns, strict=True)), labels, weights, table.index, table.class_names.get(others[0]))
 
 
-def _label_names(recipe: Recipe, train: Rows, dataset: Any) -> list[str]:
-    """The classes' names in the order of their numbers: from the recipe, the hub's features, or the training data."""
-    feature = dataset.features[recipe.data.label_column]
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _texts(table: Table, column: str, key: str) -> list[str]:
+    cells = table.columns[column]
+
+    def place(i: int) -> str:
+        return f"data.text_column = {column!r}: row {table.index[i]} of {key}"
+
+    for i, cell in enumerate(cells):
+        if not isinstance(cell, str):
+            if isinstance(cell, list | tuple | dict | bytes):
+                raise DataError(f"{place(i)} has {str(cell)[:80]}, which is no text")
+            cells[i] = "" if cell is None else str(cell)
+        elif not cell.isascii() and _SURROGATE.search(cell):
+            raise DataError(f"{place(i)} is not valid Unicode, it has half of a surrogate pair: {cell[:80]!r}")
+    return cells
+
+
+def _weights(table: Table, column: str) -> list[float]:
+    for i, value in enumerate(table.columns[column]):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
+            raise DataError(
+                f"data.weight_column = {column!r}: row {table.index[i]} of train has {value!r}, "
+                "which is no weight (a number, 0 or more)"
+            )
+    weights = [float(value) for value in table.columns[column]]
+    if not any(weights):
+        raise DataError(f"data.weight_column = {column!r}: every weight of train is 0")
+    return weights
+
+
+def _label_names(recipe: Recipe, train: Rows) -> list[str]:
+    """The classes' names in the order of their numbers: from the recipe, the data's own features, or the labels."""
     if recipe.model.label_names is not None:
         return recipe.model.label_names
-    if hasattr(feature, "names"):
-        return list(feature.names)
+    column = f"data.label_column = {recipe.data.label_column!r}"
     found = Counter(label for label in train.labels if label is not None)
-    if all(isinstance(label, str) for label in found):
-        names = sorted(found)
-    elif all(isinstance(label, int | bool) or (isinstance(label, float) and label.is_integer()) for label in found):
+    if train.class_names is not None:
+        names = train.class_names
+    elif not found:
+        raise DataError(f"{column}: no row of train has a label")
+    elif all(isinstance(label, str) for label in found):
+        names = sorted(found, key=int if _are_numbers(found) else None)
+    elif all(not isinstance(label, str) and float(label).is_integer() for label in found):
         highest = max(int(label) for label in found)
         if highest > 10_000 or min(int(label) for label in found) < 0:
             raise DataError(
-                f"data.label_column = {recipe.data.label_column!r}: the labels go from {min(found)} to {highest}; "
+                f"{column}: the labels go from {min(found)} to {highest}; "
                 "classes are numbered from 0 up. For numbers as such use `task: regression`"
             )
         names = [str(i) for i in range(max(highest + 1, recipe.model.num_labels or 2))]
     else:
-        kind = next(type(label).__name__ for label in found if not isinstance(label, int | str))
+        others = [label for label in found if isinstance(label, str)] or [label for label in found if label % 1]
         raise DataError(
-            f"data.label_column = {recipe.data.label_column!r}: labels are {kind}, not classes (whole numbers from 0, "
-            "or names). For numbers as such use `task: regression`"
+            f"{column}: {others[0]!r} stands among the labels, which are then neither all classes' numbers (whole, "
+            "from 0) nor all names. For numbers as such use `task: regression`"
         )
     wanted = recipe.model.num_labels
     if wanted is not None and len(names) != wanted:
@@ -225,21 +194,33 @@ def _label_names(recipe: Recipe, train: Rows, dataset: Any) -> list[str]:
     return names
 
 
+def _are_numbers(names: Iterable[str]) -> bool:
+    return all(re.fullmatch(r"0|[1-9]\d*", name) for name in names)
+
+
 def _to_numbers(rows: Rows, key: str, recipe: Recipe, names: list[str]) -> npt.NDArray[Any]:
+    """Labels as the task has them: float32, or classes' numbers.
+
+    A name stands for its place in `names`, and so does a number that the data itself has a known name for. A number is
+    a name where the names are numbers (five stars, written "1" to "5"), and otherwise the class's number.
+    """
     column = f"data.label_column = {recipe.data.label_column!r}"
     if recipe.task == "regression":
         for i, label in enumerate(rows.labels):
             if isinstance(label, bool) or not isinstance(label, int | float) or not np.isfinite(label):
                 raise DataError(f"{column}: row {rows.index[i]} of {key} has {label!r}, which is no number")
         return np.asarray(rows.labels, dtype=np.float32)
-    number = {name: i for i, name in enumerate(names)}
+    number: dict[Any, int] = {name: i for i, name in enumerate(names)}
+    if rows.class_names is not None and set(rows.class_names) <= set(names):
+        number |= {i: number[name] for i, name in enumerate(rows.class_names)}
+    elif rows.class_names is None and _are_numbers(names):
+        number |= {int(name): i for i, name in enumerate(names)}
+    else:
+        number |= {i: i for i in range(len(names))}
     values = np.empty(len(rows.labels), dtype=np.int64)
     for i, label in enumerate(rows.labels):
-        if isinstance(label, str):
-            value = number.get(label, -1)
-        else:
-            value = int(label) if label is not None and float(label).is_integer() else -1
-        if not 0 <= value < len(names):
+        value = number.get(label)  # 1, 1.0 and True are one key
+        if value is None:
             hint = "; drop such rows with the cleaning step drop_empty" if label is None and key == "train" else ""
             raise DataError(
                 f"{column}: row {rows.index[i]} of {key} has {label!r}, which is none of the {len(names)} classes "
@@ -254,11 +235,11 @@ def _to_numbers(rows: Rows, key: str, recipe: Recipe, names: list[str]) -> npt.N
 
 @dataclass(frozen=True)
 class Split:
-    """Row i's token ids are `input_ids[offsets[i]:offsets[i + 1]]`; `token_type_ids` likewise, where the model has them."""
+    """Row i's token ids are `input_ids[offsets[i]:offsets[i + 1]]`; `token_type_ids` likewise."""
 
     input_ids: npt.NDArray[np.int32]  # (total tokens,)
     offsets: Ints  # (rows + 1,)
-    token_type_ids: npt.NDArray[np.uint8] | None  # (total tokens,)
+    token_type_ids: npt.NDArray[np.uint8] | None  # (total tokens,) of pairs, where the model has them
     labels: npt.NDArray[Any]  # (rows,) int64 classes or float32 values
     weights: npt.NDArray[np.float32] | None  # (rows,)
     index: Ints  # (rows,) the row's number in its source
@@ -287,12 +268,12 @@ def cache_folder() -> Path:
     return Path(root) / "tokens"
 
 
-def _file_hash(path: str) -> str:
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _file_hash(path: str, key: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"data.{key}.path = {path!r}: cannot be read: {error.strerror}") from error
 
 
 def _cache_key(recipe: Recipe, tokenizer: Any) -> str:
@@ -302,19 +283,11 @@ def _cache_key(recipe: Recipe, tokenizer: Any) -> str:
         source: Source | None = getattr(recipe.data, name)
         if source is None:
             continue
-        if Path(source.path).is_absolute():
-            content = _file_hash(source.path)
-        else:
-            content = open_source(
-                source, name, []
-            )._fingerprint  # the hub's revision and the loading, hashed by datasets
+        local = Path(source.path).is_absolute()
+        # On the hub, what datasets makes of the revision and the loading.
+        content = _file_hash(source.path, name) if local else load_hub(source, name)._fingerprint
         sources[name] = [content, source.name, source.split, source.limit, source.where, Path(source.path).suffix]
     data = recipe.data.model_dump(exclude=set(SPLITS) | {"augmentation"})
-    backend = (
-        tokenizer.backend_tokenizer.to_str()
-        if getattr(tokenizer, "is_fast", False)
-        else str(sorted(tokenizer.get_vocab().items()))
-    )
     parts = [
         CACHE_FORMAT,
         recipe.task,
@@ -325,9 +298,20 @@ def _cache_key(recipe: Recipe, tokenizer: Any) -> str:
         recipe.model.label_names,
         recipe.training.seed if recipe.data.validation_fraction else None,
         sorted(tokenizer.model_input_names),
-        hashlib.sha256(backend.encode()).hexdigest(),
+        _tokenizer_hash(tokenizer),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    if getattr(tokenizer, "is_fast", False):
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        # What the last call asked for, not what the tokenizer is.
+        backend = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}
+    else:
+        backend = [type(tokenizer).__name__, tokenizer.init_kwargs, tokenizer.get_vocab()]
+    text = json.dumps([backend, tokenizer.truncation_side], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -340,7 +324,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def prepare(recipe: Recipe, tokenizer: Any) -> Prepared:
-    """Opens, cleans and tokenises what the recipe names, or takes it from the cache. Raises DataError or RecipeError."""
+    """Opens, cleans and tokenises what the recipe names, or takes it from the cache. Raises DataError."""
     folder = cache_folder() / _cache_key(recipe, tokenizer)
     if not (folder / "report.json").exists():
         with _locked(folder.with_suffix(".lock")):
@@ -378,18 +362,13 @@ def load_prepared(folder: Path) -> Prepared:
 
 def _build(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
     data = recipe.data
-    columns = [column for column in (data.text_column, data.text_pair_column) if column]
-    datasets = {
-        name: open_source(source, name, columns) for name in SPLITS if (source := getattr(data, name)) is not None
-    }
-    splits = {name: _read_rows(dataset, data, name) for name, dataset in datasets.items()}
+    splits = {name: _read_rows(recipe, source, name) for name in SPLITS if (source := getattr(data, name)) is not None}
     if data.validation_fraction is not None:
-        splits = {
-            **_split_off(splits["train"], data.validation_fraction, recipe.training.seed),
-            **{name: rows for name, rows in splits.items() if name != "train"},
+        splits = _split_off(splits["train"], data.validation_fraction, recipe.training.seed) | {
+            name: rows for name, rows in splits.items() if name != "train"
         }
     cleaning = clean(splits, list(data.cleaning))
-    names = [] if recipe.task == "regression" else _label_names(recipe, splits["train"], datasets["train"])
+    names = [] if recipe.task == "regression" else _label_names(recipe, splits["train"])
     report: dict[str, Any] = {
         "rows": {},
         "label_names": names,
@@ -399,23 +378,19 @@ def _build(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
         "labels": {},
     }
     for name, rows in splits.items():
-        labels = _to_numbers(rows, name, recipe, names)
-        arrays, truncated = _tokenise(rows, tokenizer, data.max_length)
-        arrays |= {"labels": labels, "index": np.asarray(rows.index, dtype=np.int64)}
-        if rows.weights is not None:
-            arrays["weights"] = np.asarray(rows.weights, dtype=np.float32)
         (folder / name).mkdir()
-        for key, array in arrays.items():
-            np.save(folder / name / f"{key}.npy", array)
+        labels = _to_numbers(rows, name, recipe, names)
+        np.save(folder / name / "labels.npy", labels)
+        np.save(folder / name / "index.npy", rows.index)
+        if rows.weights is not None:
+            np.save(folder / name / "weights.npy", np.asarray(rows.weights, dtype=np.float32))
         if name == "train" and data.augmentation:
-            import datasets as hf_datasets
+            import datasets
 
-            hf_datasets.Dataset.from_dict({"text": [texts[0] for texts in rows.texts]}).save_to_disk(
-                str(folder / name / "texts")
-            )
+            texts = datasets.Dataset.from_dict({"text": [texts[0] for texts in rows.texts]})
+            texts.save_to_disk(str(folder / name / "texts"))
         report["rows"][name] = len(rows.texts)
-        report["tokens"][name] = len(arrays["input_ids"])
-        report["truncated"][name] = truncated
+        report["tokens"][name], report["truncated"][name] = _tokenise(rows, tokenizer, data.max_length, folder / name)
         if names:
             report["labels"][name] = np.bincount(labels, minlength=len(names)).tolist()
     if names and min(report["labels"]["train"]) == 0:
@@ -433,42 +408,67 @@ def _split_off(train: Rows, fraction: float, seed: int) -> dict[str, Rows]:
         )
     order = np.random.default_rng(np.random.SeedSequence([seed, 0x5A11D])).permutation(len(train.texts))
     chosen = set(order[:count].tolist())
-    sides = {}
-    for name, wanted in (("train", False), ("validation", True)):
-        rows = Rows(train.texts, train.labels, train.weights, train.index)
-        rows.keep([i for i in range(len(train.texts)) if (i in chosen) is wanted])
-        sides[name] = rows
-    return sides
-
-
-def _tokenise(rows: Rows, tokenizer: Any, max_length: int) -> tuple[dict[str, npt.NDArray[Any]], int]:
-    """The flat arrays of a split, and how many rows were cut at max_length."""
-    ids: list[npt.NDArray[np.int32]] = []
-    types: list[npt.NDArray[np.uint8]] = []
-    lengths: list[int] = []
-    pairs = bool(rows.texts) and len(rows.texts[0]) == 2
-    for start in range(0, len(rows.texts), 10_000):
-        columns = [list(column) for column in zip(*rows.texts[start : start + 10_000], strict=True)]
-        # Without truncation first would cost a second pass: the fast tokenizers say by `overflowing` what they cut.
-        encoded = tokenizer(*columns, truncation=True, max_length=max_length)
-        ids.extend(np.asarray(row, dtype=np.int32) for row in encoded["input_ids"])
-        lengths.extend(len(row) for row in encoded["input_ids"])
-        if pairs and "token_type_ids" in encoded:
-            types.extend(np.asarray(row, dtype=np.uint8) for row in encoded["token_type_ids"])
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "input_ids": np.concatenate(ids),
-        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    return {
+        "train": train.only([i for i in range(len(train.texts)) if i not in chosen]),
+        "validation": train.only(sorted(chosen)),
     }
-    if types:
-        arrays["token_type_ids"] = np.concatenate(types)
-    full = [i for i, length in enumerate(lengths) if length == max_length]
+
+
+def _tokenise(rows: Rows, tokenizer: Any, max_length: int, folder: Path) -> tuple[int, int]:
+    """Writes the split's flat arrays, piece by piece; returns how many tokens there are and how many rows were cut."""
+    pairs = len(rows.texts[0]) == 2
+    special = tokenizer.num_special_tokens_to_add(pair=pairs)
+    if max_length <= special:
+        raise DataError(f"data.max_length = {max_length}: leaves no room for text; {special} are special tokens")
+    lengths: list[Ints] = []
     truncated = 0
-    if full:
-        columns = [list(column) for column in zip(*(rows.texts[i] for i in full), strict=True)]
-        truncated = sum(
-            len(row) > max_length for row in tokenizer(*columns, truncation=False, verbose=False)["input_ids"]
-        )
-    return arrays, truncated
+    has_types = pairs and "token_type_ids" in tokenizer.model_input_names
+    with contextlib.ExitStack() as stack:
+        ids = stack.enter_context((folder / "input_ids.raw").open("wb"))
+        types = stack.enter_context((folder / "token_type_ids.raw").open("wb")) if has_types else None
+        for start in range(0, len(rows.texts), PIECE):
+            columns = [list(column) for column in zip(*rows.texts[start : start + PIECE], strict=True)]
+            encoded = encode(tokenizer, columns, max_length, return_token_type_ids=has_types)
+            lengths.append(np.fromiter((len(row) for row in encoded["input_ids"]), dtype=np.int64))
+            np.concatenate(encoded["input_ids"], dtype=np.int32).tofile(ids)
+            if types is not None:
+                np.concatenate(encoded["token_type_ids"], dtype=np.uint8, casting="unsafe").tofile(types)
+            truncated += _truncated(encoded, tokenizer, columns, max_length)
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+    np.save(folder / "offsets.npy", offsets)
+    for name, dtype in (("input_ids", np.int32), ("token_type_ids", np.uint8)):
+        raw = folder / f"{name}.raw"
+        if raw.exists():
+            np.save(folder / f"{name}.npy", np.memmap(raw, dtype=dtype, mode="r"))
+            raw.unlink()
+    return int(offsets[-1]), truncated
+
+
+def encode(tokenizer: Any, columns: list[list[str]], max_length: int, return_token_type_ids: bool = False) -> Any:
+    """The tokenizer's own encoding, cut at max_length. A row never comes out without any token."""
+    encoded = tokenizer(
+        *columns,
+        truncation=True,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_token_type_ids=return_token_type_ids,
+    )
+    for i, row in enumerate(encoded["input_ids"]):
+        if not row:  # an empty text, and a tokenizer without special tokens
+            known = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id)
+            encoded["input_ids"][i] = [next(token for token in known if token is not None)]
+    return encoded
+
+
+def _truncated(encoded: Any, tokenizer: Any, columns: list[list[str]], max_length: int) -> int:
+    """How many rows were cut: a fast tokenizer keeps what it cut off; a slow one has to encode full rows again."""
+    full = [i for i, row in enumerate(encoded["input_ids"]) if len(row) == max_length]
+    if encoded.encodings is not None:
+        return sum(bool(encoded.encodings[i].overflowing) for i in full)
+    if not full:
+        return 0
+    whole = tokenizer(*([column[i] for i in full] for column in columns), verbose=False)
+    return sum(len(row) > max_length for row in whole["input_ids"])
 
 
 __all__ = ["DataError", "Prepared", "RecipeError", "Rows", "Split", "clean", "open_source", "prepare"]

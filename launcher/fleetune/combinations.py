@@ -1,0 +1,136 @@
+"""Keys that are right each by itself and cannot stand together. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fleetune.schema import (
+    CLASSIFICATION_METRICS,
+    DATA_SUFFIXES,
+    REGRESSION_METRICS,
+    CrossEntropy,
+    Recipe,
+    Source,
+    losses_of,
+    metrics_of,
+)
+
+
+def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    """Each impossible combination as (key path, value, what would be right)."""
+    classification = recipe.task == "classification"
+    if not classification and recipe.model.num_labels not in (None, 1):
+        yield "model.num_labels", recipe.model.num_labels, "regression has one output: 1, or leave it out"
+    if classification and recipe.model.num_labels == 1:
+        yield "model.num_labels", 1, "classification needs at least 2 classes; `task: regression` has one output"
+    names = recipe.model.label_names
+    if names is not None and len(set(names)) != len(names):
+        yield "model.label_names", names, "a name stands there twice"
+    if names is not None and recipe.model.num_labels not in (None, len(names)):
+        yield "model.label_names", names, f"should be {recipe.model.num_labels} names, as model.num_labels says"
+    wrong = "mse" if classification else "cross_entropy"
+    kinds = [loss.kind for loss in losses_of(recipe)]
+    for index, loss in enumerate(recipe.losses):
+        if loss.kind == wrong:
+            yield (
+                f"losses.{index}.kind",
+                loss.kind,
+                f"does not fit task: {recipe.task}; " + ("use cross_entropy" if classification else "use mse"),
+            )
+        weights = loss.class_weights if isinstance(loss, CrossEntropy) else None
+        if weights is not None and recipe.model.num_labels not in (None, len(weights)):
+            yield (
+                f"losses.{index}.class_weights",
+                weights,
+                f"should be {recipe.model.num_labels} numbers, as model.num_labels says",
+            )
+        if weights is not None and not any(weights):
+            yield f"losses.{index}.class_weights", weights, "at least one should be above 0"
+        if kinds.index(loss.kind) != index and loss.kind in ("cross_entropy", "mse"):
+            yield f"losses.{index}.kind", loss.kind, "stands in the list twice; give one of them the weight"
+    if all(kind.endswith("_penalty") for kind in kinds):
+        yield "losses", kinds, "penalties alone teach nothing: add " + ("cross_entropy" if classification else "mse")
+    legal = (CLASSIFICATION_METRICS if classification else REGRESSION_METRICS) + ("loss",)
+    for index, metric in enumerate(recipe.evaluation.metrics or ()):
+        if metric not in legal:
+            yield f"evaluation.metrics.{index}", metric, f"does not fit task: {recipe.task}; legal: {', '.join(legal)}"
+    best = recipe.evaluation.metric_for_best_model
+    if best is not None and best not in (*metrics_of(recipe), "loss"):
+        yield (
+            "evaluation.metric_for_best_model",
+            best,
+            f"is not computed; legal: {', '.join(dict.fromkeys((*metrics_of(recipe), 'loss')))}",
+        )
+    has_validation = recipe.data.validation is not None or recipe.data.validation_fraction is not None
+    if recipe.data.validation is not None and recipe.data.validation_fraction is not None:
+        yield (
+            "data.validation_fraction",
+            recipe.data.validation_fraction,
+            "there is a validation split already; leave one of the two out",
+        )
+    if not has_validation:
+        for key in ("eval_steps", "early_stopping_patience", "metric_for_best_model"):
+            if getattr(recipe.evaluation, key) is not None:
+                yield (
+                    f"evaluation.{key}",
+                    getattr(recipe.evaluation, key),
+                    "there is no validation data: give data.validation or data.validation_fraction",
+                )
+    yield from _training_combinations(recipe)
+
+
+def _training_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    training, deepspeed, data = recipe.training, recipe.deepspeed, recipe.data
+    if training.bf16 and training.fp16:
+        yield "training.fp16", True, "bf16 is on already; choose one"
+    if training.warmup_steps and training.warmup_ratio:
+        yield "training.warmup_steps", training.warmup_steps, "training.warmup_ratio says it already; leave one out"
+    if training.global_batch_size and training.gradient_accumulation_steps:
+        per_rank = training.global_batch_size % training.gradient_accumulation_steps
+        if per_rank:
+            yield (
+                "training.global_batch_size",
+                training.global_batch_size,
+                f"does not divide by gradient_accumulation_steps = {training.gradient_accumulation_steps}",
+            )
+    if deepspeed.offload_optimizer != "none" and deepspeed.zero_stage == 0:
+        yield "deepspeed.offload_optimizer", deepspeed.offload_optimizer, "needs zero_stage 1, 2 or 3"
+    if deepspeed.offload_param != "none" and deepspeed.zero_stage != 3:
+        yield "deepspeed.offload_param", deepspeed.offload_param, "needs zero_stage 3"
+    if data.text_pair_column is not None and data.augmentation:
+        yield (
+            "data.augmentation",
+            [a.kind for a in data.augmentation],
+            "is for one text, not for a pair (data.text_pair_column)",
+        )
+    columns = [c for c in (data.text_column, data.text_pair_column, data.label_column, data.weight_column) if c]
+    if len(set(columns)) != len(columns):
+        yield "data.label_column", data.label_column, f"the columns should differ, these are {', '.join(columns)}"
+    for name, source in _sources(recipe):
+        for key in ("name", "split", "revision"):
+            if Path(source.path).is_absolute() and getattr(source, key) is not None:
+                message = "is for a hub data set, and this is a file: leave it out, or null"
+                yield f"data.{name}.{key}", getattr(source, key), message
+
+
+def missing_files(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    """What the recipe names on this machine's disk and is not there, in the same form.
+
+    Apart from `combinations`, because a stored recipe can be read where its data is not.
+    """
+    model = Path(recipe.model.model_name_or_path)
+    if model.is_absolute() and not model.exists():
+        yield "model.model_name_or_path", str(model), "there is no such folder"
+    for name, source in _sources(recipe):
+        path = Path(source.path)
+        if path.is_absolute() and not path.exists():
+            yield f"data.{name}.path", source.path, "there is no such file"
+        elif path.is_absolute() and (path.is_dir() or path.suffix not in DATA_SUFFIXES):
+            yield f"data.{name}.path", source.path, f"should be a file that ends in {', '.join(DATA_SUFFIXES)}"
+
+
+def _sources(recipe: Recipe) -> list[tuple[str, Source]]:
+    named = (("train", recipe.data.train), ("validation", recipe.data.validation), ("test", recipe.data.test))
+    return [(name, source) for name, source in named if source is not None]

