@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from fleetune.cluster.local import Layout, Outcome
     from fleetune.schema import Recipe
 
 app = typer.Typer(
     name="fleetune",
     no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: laying it out takes longer than all the rest of the start
     pretty_exceptions_enable=False,
     help="Fine-tune and distil Transformers models from one YAML recipe, on a laptop or a cluster.",
 )
@@ -63,10 +65,18 @@ def run(
     from fleetune.cluster import local
 
     loaded = _load(recipe, overrides)
+    baseline = baseline and not loaded.model.from_scratch
+    if baseline and len(loaded.name) > 80:
+        _fail(
+            f"{recipe}: name = {loaded.name!r}: too long for --baseline, which appends -from-scratch; at most 80 characters"
+        )
     layout = local.plan_layout(nodes, nproc_per_node)
-    outcome = _attempt(loaded, layout, fresh)
+    typer.echo("preparing the data")
+    report = _prepare(recipe, loaded, layout)
+    _show_cleaning(report)
+    outcome = _attempt(loaded, layout, report, fresh)
     folders = [outcome.run.path]
-    if baseline and not loaded.model.from_scratch:
+    if baseline:
         scratch = outcome.run.recipe().model_copy(
             update={
                 "name": f"{outcome.run.path.name}-from-scratch",
@@ -75,23 +85,42 @@ def run(
         )
         typer.echo(f"\nbaseline  {scratch.name}: the same model from scratch")
         runs.write_json(outcome.run.path / "run.json", {**outcome.run.info(), "baseline": scratch.name})
-        folders.append(_attempt(scratch, layout, fresh=False).run.path)
+        folders.append(_attempt(scratch, layout, report, fresh=False).run.path)
     typer.echo("")
     _print_comparison(folders)
 
 
-def _attempt(recipe: Recipe, layout: Any, fresh: bool) -> Any:
+def _prepare(file: Path, recipe: Recipe, layout: Layout) -> dict[str, Any]:
+    """The report of checking the recipe against its model, data and machine; leaves the program where they do not fit."""
+    from fleetune.cluster import local
+    from fleetune.schema import RecipeError, cut_batch
+
+    try:
+        cut_batch(recipe.training, layout.world_size)
+        return local.prepare(recipe)
+    except RecipeError as error:
+        _fail("\n".join(f"{file}: {line}" for line in str(error).splitlines()))
+    except local.PreparationFailed as error:
+        _fail(f"preparing failed:\n{error}", 1)
+
+
+def _show_cleaning(report: dict[str, Any]) -> None:
+    for step, touched in report["cleaning"].items():
+        typer.echo(f"cleaning  {step}: " + ", ".join(f"{count} rows of {split}" for split, count in touched.items()))
+    if "warning" in report:
+        typer.echo(f"warning   {report['warning']}")
+
+
+def _attempt(recipe: Recipe, layout: Layout, report: dict[str, Any], fresh: bool) -> Outcome:
     """One attempt with its progress shown; leaves the program where it fails."""
     from fleetune.cluster import local, progress
     from fleetune.schema import RecipeError
 
     try:
         with progress.shown() as watch:
-            outcome = local.run_recipe(recipe, layout, fresh=fresh, say=typer.echo, watch=watch)
+            outcome = local.run_recipe(recipe, layout, report["rows"]["train"], fresh=fresh, watch=watch)
     except RecipeError as error:
         _fail(str(error))
-    except local.PreparationFailed as error:
-        _fail(f"preparing failed:\n{error}", 1)
     if outcome.exit_code:
         _fail(f"{outcome.run.path}: {outcome.reason}", outcome.exit_code)
     if outcome.was_finished:
@@ -106,17 +135,12 @@ def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc
     """Validate a recipe, show what it comes to, open its data. Nothing is started."""
     from fleetune.cluster import local
     from fleetune.recipe import dump_recipe
-    from fleetune.schema import RecipeError, cut_batch, total_steps
+    from fleetune.schema import cut_batch, total_steps
 
     loaded = _load(recipe, overrides)
     layout = local.plan_layout(nodes, nproc_per_node)
-    try:
-        batch = cut_batch(loaded.training, layout.world_size)
-        report = local.prepare(loaded)
-    except RecipeError as error:
-        _fail(str(error))
-    except local.PreparationFailed as error:
-        _fail(f"preparing failed:\n{error}", 1)
+    report = _prepare(recipe, loaded, layout)
+    batch = cut_batch(loaded.training, layout.world_size)
     typer.echo(dump_recipe(loaded))
     typer.echo(f"batch     {batch}")
     rows = report["rows"]["train"]
@@ -133,10 +157,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc
             f"{split:<11}{count} rows, {report['tokens'][split] / count:.1f} tokens each, "
             f"{report['truncated'][split]} cut at {loaded.data.max_length}" + (f"; {labels}" if labels else "")
         )
-    for step, touched in report["cleaning"].items():
-        typer.echo(f"cleaning  {step}: " + ", ".join(f"{n} rows of {split}" for split, n in touched.items()))
-    if "warning" in report:
-        typer.echo(f"warning   {report['warning']}")
+    _show_cleaning(report)
 
 
 @app.command("eval")
@@ -192,7 +213,7 @@ def _print_comparison(folders: list[Path]) -> None:
         table = report.comparison(folders)
     except RecipeError as error:
         _fail(str(error))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 @app.command()

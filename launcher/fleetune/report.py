@@ -46,14 +46,11 @@ def row(run: runs.Run) -> dict[str, str]:
 
 
 def comparison(folders: list[Path]) -> Table:
-    """Raises RecipeError for a folder that is no run."""
-    rows = [row(run) for run in _with_baselines(folders)]
-    columns = list(dict.fromkeys(column for cells in rows for column in cells))
-    table = Table()
-    for column in columns:
-        table.add_column(
-            column, justify="left" if column in ("run", "weights", "state") else "right", no_wrap=column == "run"
-        )
-    for cells in rows:
-        table.add_row(*(escape(cells.get(column, "")) for column in columns))
+    """A column for each run and a line for each figure. Raises RecipeError for a folder that is no run."""
+    columns = [row(run) for run in _with_baselines(folders)]
+    table = Table("run")
+    for cells in columns:
+        table.add_column(escape(cells["run"]), justify="right", overflow="fold")
+    for name in dict.fromkeys(name for cells in columns for name in cells if name != "run"):
+        table.add_row(name, *(escape(cells.get(name, "")) for cells in columns))
     return table

@@ -119,21 +119,14 @@ class Outcome:
 
 
 def run_recipe(
-    recipe: Recipe, layout: Layout, *, fresh: bool, say: Callable[[str], None], watch: Callable[[str], None]
+    recipe: Recipe, layout: Layout, train_rows: int, *, fresh: bool, watch: Callable[[str], None]
 ) -> Outcome:
-    """One attempt of a recipe, from its start or its newest checkpoint. `say` gets messages, `watch` rank 0's lines.
+    """One attempt of a prepared recipe, from its start or its newest checkpoint. `watch` gets rank 0's lines.
 
     Raises:
-        RecipeError, PreparationFailed: before any folder is made.
+        RecipeError: the run folder is of another recipe or layout, or another attempt is at work in it.
     """
-    batch = cut_batch(recipe.training, layout.world_size)
-    say("preparing the data")
-    report = prepare(recipe)
-    steps = total_steps(recipe.training, report["rows"]["train"], batch)
-    for step, touched in report["cleaning"].items():
-        say(f"cleaning  {step}: " + ", ".join(f"{count} rows of {split}" for split, count in touched.items()))
-    if "warning" in report:
-        say(f"warning  {report['warning']}")
+    steps = total_steps(recipe.training, train_rows, cut_batch(recipe.training, layout.world_size))
     run = runs.open_run(recipe, layout.stored(), fresh)
     if runs.is_finished(run, steps):
         return Outcome(run, runs.DONE, "finished before", was_finished=True)
@@ -148,6 +141,8 @@ def run_recipe(
             code, reason = _Ranks(run, layout, run.logs(attempt), watch).wait(lease.beat)
         except KeyboardInterrupt:
             code = 128 + signal.SIGINT
+        except RecipeError as taken_over:  # the lease is another's
+            code, reason = runs.FAILED, str(taken_over)
         finally:
             runs.end_attempt(run, attempt, code, reason, nodes, time.monotonic() - start)
     return Outcome(run, code, reason)
