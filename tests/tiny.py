@@ -7,9 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "good bad fine awful great poor quick slow film plot sound taste really never not very quite it was the a".split()
-)
+WORDS = "good bad fine awful great poor quick slow film plot sound taste really never not very quite it was the a"
 
 
 def write_model(folder: Path, seed: int = 0, **config: Any) -> Path:
@@ -40,7 +38,7 @@ def write_rows(path: Path, count: int, seed: int = 0, **more: Any) -> Path:
     random_ = random.Random(seed)
     lines = []
     for _ in range(count):
-        words = random_.choices(WORDS, k=random_.randint(2, 20))
+        words = random_.choices(WORDS.split(), k=random_.randint(2, 20))
         score = sum(w in ("good", "fine", "great", "quick") for w in words) - sum(
             w in ("bad", "awful", "poor", "slow") for w in words
         )

@@ -113,7 +113,8 @@ def main() -> None:
     memory = {arm: [r["fleetune"]["peak_rss_mb"] / r[arm]["peak_rss_mb"] for r in rounds] for arm in ARMS[1:]}
     for arm in ARMS[1:]:
         print(
-            f"fleetune / {arm}: speed {statistics.median(ratios[arm]):.2f} (each {[round(r, 2) for r in ratios[arm]]}), "
+            f"fleetune / {arm}: speed {statistics.median(ratios[arm]):.2f} "
+            f"(each {', '.join(f'{ratio:.2f}' for ratio in ratios[arm])}), "
             f"memory {statistics.median(memory[arm]):.2f}"
         )
     record.write(

@@ -68,7 +68,8 @@ def run(
     baseline = baseline and not loaded.model.from_scratch
     if baseline and len(loaded.name) > 80:
         _fail(
-            f"{recipe}: name = {loaded.name!r}: too long for --baseline, which appends -from-scratch; at most 80 characters"
+            f"{recipe}: name = {loaded.name!r}: too long for --baseline, which appends -from-scratch: "
+            "at most 80 characters"
         )
     layout = local.plan_layout(nodes, nproc_per_node)
     typer.echo("preparing the data")
@@ -91,7 +92,7 @@ def run(
 
 
 def _prepare(file: Path, recipe: Recipe, layout: Layout) -> dict[str, Any]:
-    """The report of checking the recipe against its model, data and machine; leaves the program where they do not fit."""
+    """Checks the recipe against its model, data and machine; leaves the program where they do not fit."""
     from fleetune.cluster import local
     from fleetune.schema import RecipeError, cut_batch
 

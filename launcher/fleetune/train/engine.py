@@ -48,7 +48,7 @@ def deepspeed_config(recipe: Recipe, batch: Batch) -> dict[str, Any]:
 
 
 def keeps_bf16_weights(recipe: Recipe) -> bool:
-    """bf16 weights with fp32 masters in the optimizer's shards; at stage 0, which has none, autocast over fp32 weights."""
+    """bf16 weights with fp32 masters in the optimizer's shards; stage 0 has none: autocast over fp32 weights."""
     return recipe.training.bf16 and recipe.deepspeed.zero_stage > 0
 
 
