@@ -35,7 +35,8 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from fleetune.train.data import NORMALISE, prepare
+    from fleetune.train.cleaning import NORMALISE
+    from fleetune.train.data import prepare
     from fleetune.train.distributed import World
     from fleetune.train.evaluate import evaluate
 

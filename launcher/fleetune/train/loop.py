@@ -76,6 +76,7 @@ def train(run: runs.Run, world: World, logs: Path) -> None:
     recipe, data, total = setup.recipe, setup.data, setup.total_steps
     progress = _resume(setup)
     first_step, meter = progress.step + 1, Meter(progress, setup.parameters, world)
+    multiple = 8 if world.device.type == "cuda" else 1  # the widths that a GPU's matrix units like
     log, feeder = _start_tracking(setup, progress) if world.is_main else (None, None)
 
     while progress.step < total and not progress.stops_early(recipe):
@@ -93,7 +94,9 @@ def train(run: runs.Run, world: World, logs: Path) -> None:
             start = time.perf_counter()
             with meter.part("data"):
                 window = [
-                    collate(data.splits["train"], piece, setup.tokenizer.pad_token_id, augment=augment).to(world.device)
+                    collate(data.splits["train"], piece, setup.tokenizer.pad_token_id, multiple, augment).to(
+                        world.device
+                    )
                     for piece in cut_window(rows, setup.batch, world.rank)
                 ]
             rate = learning_rate(recipe.training, progress.step, total)

@@ -1,0 +1,82 @@
+"""The texts of a split before they are tokenised, and the recipe's cleaning steps over them."""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fleetune.train.sources import DataError, Ints
+
+_TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<!--.*?-->", re.DOTALL)
+
+
+def _strip_html(text: str) -> str:
+    return html.unescape(_TAG.sub(" ", text))
+
+
+NORMALISE: dict[str, Callable[[str], str]] = {
+    "unicode_nfc": lambda text: unicodedata.normalize("NFC", text),
+    "unicode_nfkc": lambda text: unicodedata.normalize("NFKC", text),
+    "strip_html": _strip_html,
+    "collapse_whitespace": lambda text: " ".join(text.split()),
+}
+
+
+@dataclass
+class Rows:
+    """Texts of one split, before tokenising; `index` is each row's number in its source."""
+
+    texts: list[tuple[str, ...]]
+    labels: list[Any]
+    weights: list[float] | None
+    index: Ints
+    class_names: list[str] | None = None  # what the labels' numbers mean, where the data itself says it
+
+    def only(self, kept: list[int]) -> Rows:
+        weights = [self.weights[i] for i in kept] if self.weights is not None else None
+        texts, labels = [self.texts[i] for i in kept], [self.labels[i] for i in kept]
+        return Rows(texts, labels, weights, self.index[np.asarray(kept, dtype=np.int64)], self.class_names)
+
+
+def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]]:
+    """Runs the steps in order, in place; returns how many rows each touched, by split.
+
+    Steps that change text run on every split; those that drop rows run on the training split alone, so that
+    validation and test stay the sets that others report on.
+    """
+    report: dict[str, dict[str, int]] = {}
+    for step in steps:
+        touched: dict[str, int] = {}
+        if step in NORMALISE:
+            for name, rows in splits.items():
+                touched[name] = 0
+                for i, texts in enumerate(rows.texts):
+                    changed = tuple(NORMALISE[step](text) for text in texts)
+                    if changed != texts:
+                        rows.texts[i] = changed
+                        touched[name] += 1
+        else:
+            train = splits["train"]
+            held_out = {texts for name, rows in splits.items() if name != "train" for texts in rows.texts}
+            seen: set[tuple[str, ...]] = set()
+            kept = []
+            for i, texts in enumerate(train.texts):
+                if step == "drop_empty":
+                    drop = train.labels[i] is None or not all(text.strip() for text in texts)
+                else:
+                    drop = texts in (held_out if step == "drop_leaked" else seen)
+                    seen.add(texts)
+                if not drop:
+                    kept.append(i)
+            touched["train"] = len(train.texts) - len(kept)
+            splits["train"] = train.only(kept)
+        report[step] = touched
+    if not splits["train"].texts:
+        raise DataError(f"data.cleaning = {steps}: leaves no training rows")
+    return report

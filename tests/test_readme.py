@@ -1,0 +1,61 @@
+"""Every command of the README is run, in its order; those that need a hub are parsed and their recipes read."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from fleetune.cli import app
+from fleetune.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = re.findall(r"^\$ (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+FLEETUNE = [shlex.split(command)[1:] for command in COMMANDS if command.startswith("fleetune ")]
+SHORT = ["training.max_steps=3", "data.train.limit=200"]  # the same commands, with less to do
+
+
+def needs_hub(arguments: list[str]) -> bool:
+    return any("hub" in argument for argument in arguments)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    return folder
+
+
+def test_the_readme_shows_every_command() -> None:
+    assert {arguments[0] for arguments in FLEETUNE} == {"run", "check", "eval", "compare", "schema"}
+
+
+@pytest.mark.parametrize("arguments", [a for a in FLEETUNE if not needs_hub(a)], ids=" ".join)
+def test_runs(folder: Path, arguments: list[str]) -> None:
+    wrong = any("learning_rte" in argument for argument in arguments)
+    shorter = SHORT if arguments[0] in ("run", "check") else []
+    command = [sys.executable, "-m", "fleetune.cli", *arguments, *shorter]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == (2 if wrong else 0), done.stderr
+    assert ("did you mean `learning_rate`?" in done.stderr) is wrong
+
+
+@pytest.mark.parametrize("arguments", [a for a in FLEETUNE if needs_hub(a)], ids=" ".join)
+def test_is_understood(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    command = typer.main.get_command(app)
+    name, sub, rest = command.resolve_command(command.make_context("fleetune", list(arguments)), list(arguments))  # type: ignore[attr-defined]
+    context = sub.make_context(name, rest)
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(context.params["recipe"], list(context.params["overrides"]))
+    assert recipe.data.train.path == "nyu-mll/glue"
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])
+def test_make_has_the_target(command: str) -> None:
+    done = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
