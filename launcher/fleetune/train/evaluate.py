@@ -36,7 +36,7 @@ def predict(forward: Forward, split: Split, batch_size: int, pad_token_id: int, 
 
 
 def compute_metrics(recipe: Recipe, logits: Floats, labels: npt.NDArray[Any]) -> dict[str, float]:
-    """The recipe's metrics and the plain loss (cross-entropy or MSE, unweighted). Undefined ones are NaN."""
+    """The recipe's metrics and the plain loss (cross-entropy or MSE, unweighted). A correlation of constants is NaN."""
     from scipy.special import log_softmax
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef

@@ -13,6 +13,16 @@ from fleetune.schema import Recipe
 from fleetune.train import zero
 from fleetune.train.surgery import freeze
 
+OWN_KEYS = ("num_labels", "id2label", "label2id", "problem_type")  # of a config, set here
+COUNT_POSITIONS_FROM_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "roberta-prelayernorm",
+    "xlm-roberta-xl",
+    "mpnet",
+)
+
 
 class ModelError(ValueError):
     """A model that is not there or does not take what the recipe asks of it."""
@@ -54,11 +64,19 @@ def load_config(recipe: Recipe, label_names: list[str]) -> Any:
     )
     config = _load(AutoConfig, recipe, **labels)
     config.problem_type = "regression" if recipe.task == "regression" else "single_label_classification"
+    known = config.to_dict()
     for key, value in recipe.model.config.items():
-        if not hasattr(config, key):
+        if key in OWN_KEYS:
+            raise ModelError(f"model.config.{key} = {value!r}: follows from model.num_labels, label_names and the data")
+        if key not in known:
             raise ModelError(f"model.config.{key} = {value!r}: {type(config).__name__} has no such value")
-        setattr(config, key, value)
+        try:
+            setattr(config, key, value)
+        except Exception as error:  # Transformers checks types with an exception of its own
+            raise ModelError(f"model.config.{key} = {value!r}: {' '.join(str(error).split())}") from None
     limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and config.model_type in COUNT_POSITIONS_FROM_PADDING:
+        limit -= config.pad_token_id + 1
     if isinstance(limit, int) and recipe.data.max_length > limit:
         raise ModelError(f"data.max_length = {recipe.data.max_length}: the model takes at most {limit} tokens")
     return config

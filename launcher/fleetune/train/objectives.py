@@ -53,7 +53,9 @@ def build_terms(recipe: Recipe, device: torch.device) -> list[Term]:
         if isinstance(loss, CrossEntropy):
             terms.append(_cross_entropy(loss, device))
         elif isinstance(loss, MeanSquaredError):
-            terms.append(Term("mse", loss.weight, lambda batch: batch.weights.sum(), _mean_squared_error))
+            terms.append(
+                Term("mse", loss.weight, lambda batch: batch.weights.sum(dtype=torch.float64), _mean_squared_error)
+            )
     return terms
 
 
@@ -101,4 +103,4 @@ def _mean_squared_error(logits: torch.Tensor, batch: MicroBatch, num_items: torc
     scores = logits.squeeze(-1)
     scores = scores if scores.dtype == torch.float64 else scores.float()
     errors = (scores - batch.labels.to(scores.dtype)).square() * batch.weights
-    return errors.sum() / num_items.clamp(min=torch.finfo(errors.dtype).tiny)
+    return errors.sum() / num_items.to(errors.dtype).clamp(min=torch.finfo(errors.dtype).tiny)

@@ -56,8 +56,11 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
 
     from transformers import AutoModelForSequenceClassification
 
-    with torch.device("meta"):  # names and shapes alone
-        model = AutoModelForSequenceClassification.from_config(config)
+    try:
+        with torch.device("meta"):  # names and shapes alone
+            model = AutoModelForSequenceClassification.from_config(config)
+    except Exception as error:  # each family has its own way to refuse a config
+        raise RecipeError(f"model = {recipe.model.model_name_or_path!r}: cannot be built: {error}") from None
     try:
         freeze(model, recipe.model.freeze)
         build_penalties(recipe, [name for name, p in model.named_parameters() if p.requires_grad])
