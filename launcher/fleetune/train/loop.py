@@ -76,6 +76,7 @@ def train(run: runs.Run, world: World, logs: Path) -> None:
     recipe, data, total = setup.recipe, setup.data, setup.total_steps
     progress = _resume(setup)
     first_step, meter = progress.step + 1, Meter(progress, setup.parameters, world)
+    told: str | None = None  # what the person knows of wandb
     multiple = 8 if world.device.type == "cuda" else 1  # the widths that a GPU's matrix units like
     log, feeder = _start_tracking(setup, progress) if world.is_main else (None, None)
 
@@ -129,6 +130,7 @@ def train(run: runs.Run, world: World, logs: Path) -> None:
                 }
                 log.write(progress.step, values)
                 say(step_line(progress.step, total, values))
+                told = _tell(tracking.status(run.path), told) if feeder is not None else told
             if ends_epoch:
                 progress.epoch, progress.position = progress.epoch + 1, 0
 
@@ -153,8 +155,8 @@ def train(run: runs.Run, world: World, logs: Path) -> None:
                 break
 
     _finish(setup, progress)
-    if feeder is not None and (line := tracking.stop_feeder(feeder, run.path)):
-        say(line)
+    if feeder is not None:
+        _tell(tracking.stop_feeder(feeder, run.path), told)
 
 
 def _set_up(run: runs.Run, world: World) -> Setup:
@@ -266,6 +268,14 @@ def _finish(setup: Setup, progress: Progress) -> None:
 
 def say(line: str) -> None:
     print(line, flush=True)
+
+
+def _tell(line: str | None, told: str | None) -> str | None:
+    """Says a line that is new; returns the one last said."""
+    if line is None or line == told:
+        return told
+    say(line)
+    return line
 
 
 def _rows(window: list[MicroBatch], world: World) -> str:
