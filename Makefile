@@ -2,11 +2,13 @@
 # make test         installs what the tests need too; ruff, mypy, pytest
 PYTHON ?= python3
 BIN := .venv/bin
+# Two ranks on a CPU; on GPUs one for each.
+RANKS := $(if $(wildcard /dev/nvidia0 /dev/kfd),,--nproc-per-node 2)
 
 .PHONY: quickstart test check clean
 
 quickstart: .venv/quickstart.stamp
-	$(BIN)/fleetune run recipes/quickstart.yaml --nproc-per-node 2 --baseline --fresh
+	$(BIN)/fleetune run recipes/quickstart.yaml $(RANKS) --baseline --fresh
 
 test: check
 	$(BIN)/pytest

@@ -62,7 +62,6 @@ def run(
 ) -> None:
     """Train a recipe on this machine; the same command again goes on where it stopped."""
     from fleetune import runs
-    from fleetune.cluster import local
 
     loaded = _load(recipe, overrides)
     baseline = baseline and not loaded.model.from_scratch
@@ -71,7 +70,7 @@ def run(
             f"{recipe}: name = {loaded.name!r}: too long for --baseline, which appends -from-scratch: "
             "at most 80 characters"
         )
-    layout = local.plan_layout(nodes, nproc_per_node)
+    layout = _plan(nodes, nproc_per_node)
     typer.echo("preparing the data")
     report = _prepare(recipe, loaded, layout)
     _show_cleaning(report)
@@ -89,6 +88,16 @@ def run(
         folders.append(_attempt(scratch, layout, report, fresh=False).run.path)
     typer.echo("")
     _print_comparison(folders)
+
+
+def _plan(nodes: int, nproc_per_node: int | None) -> Layout:
+    from fleetune.cluster import local
+    from fleetune.schema import RecipeError
+
+    try:
+        return local.plan_layout(nodes, nproc_per_node)
+    except RecipeError as error:
+        _fail(str(error))
 
 
 def _prepare(file: Path, recipe: Recipe, layout: Layout) -> dict[str, Any]:
@@ -134,12 +143,11 @@ def _attempt(recipe: Recipe, layout: Layout, report: dict[str, Any], fresh: bool
 @app.command()
 def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc = None, nodes: Nodes = 1) -> None:
     """Validate a recipe, show what it comes to, open its data. Nothing is started."""
-    from fleetune.cluster import local
     from fleetune.recipe import dump_recipe
     from fleetune.schema import cut_batch, total_steps
 
     loaded = _load(recipe, overrides)
-    layout = local.plan_layout(nodes, nproc_per_node)
+    layout = _plan(nodes, nproc_per_node)
     report = _prepare(recipe, loaded, layout)
     batch = cut_batch(loaded.training, layout.world_size)
     typer.echo(dump_recipe(loaded))

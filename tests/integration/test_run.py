@@ -287,3 +287,21 @@ def test_frozen_parameters_stay_as_they_were(models: dict[str, runs.Run], worksp
     assert (before[name] == after[f"bert.{name}"]).all()
     layer = "encoder.layer.0.attention.self.query.weight"
     assert not (before[layer] == after[f"bert.{layer}"]).all()
+
+
+def test_the_model_is_that_of_the_best_step_also_where_weights_are_sharded(workspace: Path) -> None:
+    """With a threshold that nothing passes, the first evaluation stays the best: step 2 of 6."""
+    from safetensors.torch import load_file
+
+    made = []
+    for name, steps in (("best-of-six", 6), ("two", 2)):
+        values = recipe_values(workspace, name, deepspeed={"zero_stage": 3})
+        values["training"] |= {"max_steps": steps, "lr_scheduler_type": "constant"}
+        values["evaluation"] = {"eval_steps": 2, "early_stopping_threshold": 10.0}
+        made.append(make_run(values, 2))
+    train_together(made, 2)
+    longer, shorter = made
+    assert runs.read_json(longer.eval)["best_step"] == 2
+    best, last = (load_file(run.model / "model.safetensors") for run in (longer, shorter))
+    assert best.keys() == last.keys()
+    assert all((best[name] == last[name]).all() for name in best)

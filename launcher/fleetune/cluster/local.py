@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -54,7 +55,14 @@ class Layout:
 
 
 def plan_layout(nodes: int, nproc_per_node: int | None) -> Layout:
-    nproc = nproc_per_node or count_gpus() or 1
+    """Raises RecipeError where there are fewer GPUs than ranks."""
+    gpus = count_gpus()
+    nproc = nproc_per_node or gpus or 1
+    if gpus and (nodes > 1 or nproc > gpus):
+        raise RecipeError(
+            f"--nodes {nodes} --nproc-per-node {nproc}: a rank needs a GPU of its own and there are {gpus}; "
+            "CUDA_VISIBLE_DEVICES= (nothing) trains on the CPU"
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // (nodes * nproc)))
     return Layout(nodes, nproc, threads)
@@ -185,7 +193,8 @@ class _Ranks:
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.PIPE if rank == 0 else log,
                         stderr=log,
-                        text=True,
+                        encoding="utf-8",
+                        errors="replace",
                         start_new_session=True,
                         preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                     )
@@ -203,7 +212,13 @@ class _Ranks:
         try:
             while True:
                 codes = [process.poll() for process in self.processes]
-                failed = next((rank for rank, code in enumerate(codes) if code), None)
+                # Of several in one look, the one that says most: failed for good, killed, then the lowest. The others'
+                # errors are mostly that it has gone.
+                failed = min(
+                    (rank for rank, code in enumerate(codes) if code),
+                    key=lambda rank: (codes[rank] != runs.FAILED_FOR_GOOD, (codes[rank] or 0) > 0, rank),
+                    default=None,
+                )
                 if failed is not None:
                     return self._failure(failed, codes[failed] or 0)
                 if all(code == 0 for code in codes):
@@ -223,11 +238,12 @@ class _Ranks:
         return kept, f"{reason}\n  log: {self.log(rank)}"
 
     def _relay(self, output: IO[str]) -> None:
-        with self.log(0).open("a") as log:
+        with self.log(0).open("a", encoding="utf-8") as log:
             for line in output:
                 log.write(line)
                 log.flush()
-                self.watch(line.rstrip("\n"))
+                with contextlib.suppress(OSError, ValueError):  # nobody looks any more; the log goes on
+                    self.watch(line.rstrip("\n"))
 
     def stop(self) -> None:
         """SIGTERM to every rank that is left, SIGKILL after a grace."""

@@ -8,6 +8,7 @@ step-00000100/MANIFEST.json  every file's size and SHA-256; written last
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -113,15 +114,31 @@ def load(engine: Any, path: Path, world: World) -> dict[str, Any]:
 
 
 def load_weights(engine: Any, path: Path) -> None:
-    """The weights alone, for evaluating the best checkpoint at the end."""
-    engine.load_checkpoint(str(path), tag="engine", load_module_only=True)
+    """For evaluating the best checkpoint at the end. All of it: ZeRO-3's weights stand in the optimizer's shards."""
+    engine.load_checkpoint(str(path), tag="engine")
 
 
-def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
-    """Keeps the newest `keep_last` and the best."""
-    for path in complete_checkpoints(folder)[keep_last:]:
-        if step_of(path) != best_step:
+def is_good(path: Path, world: World) -> bool:
+    """Whether a checkpoint is there and whole; a collective. The main rank verifies for all."""
+    good = False
+    if world.is_main:
+        with contextlib.suppress(DamagedCheckpoint):
+            verify(path)
+            good = True
+    return bool(gather_objects(good, world)[0])
+
+
+def prune(folder: Path, keep_last: int, step: int, best_step: int | None) -> None:
+    """After saving at `step`: keeps the newest `keep_last` and the best, and clears what a kill left half written.
+
+    One beyond `step` is damaged, or it would have been gone on from; it must not count as the newest.
+    """
+    kept = [path for path in complete_checkpoints(folder) if step_of(path) <= step][:keep_last]
+    for path in complete_checkpoints(folder):
+        if path not in kept and step_of(path) != best_step:
             (path / MANIFEST).unlink()  # from here on it is no checkpoint, whatever happens to the rest
+    for path in [*folder.glob("step-*"), *folder.glob(".step-*.part")]:
+        if path.name.startswith(".") or not (path / MANIFEST).exists():
             shutil.rmtree(path, ignore_errors=True)
 
 

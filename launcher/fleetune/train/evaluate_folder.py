@@ -41,8 +41,9 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
     from fleetune.train.evaluate import evaluate
 
     recipe, path = _recipe_and_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    trusts = recipe.model.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts)
+    model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=trusts).eval()
     if data is None:
         splits = prepare(recipe, tokenizer).splits
         name = split or ("test" if "test" in splits else "validation")
@@ -73,9 +74,13 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
         rows, where = prepare(recipe, tokenizer).splits["train"], data
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    metrics = evaluate(
-        lambda inputs: model(**inputs).logits, rows, recipe, tokenizer.pad_token_id, World(0, 1, 0, device)
-    )
+    autocast = recipe.training.bf16 and recipe.deepspeed.zero_stage == 0  # as in training
+
+    def forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return model(**inputs).logits  # type: ignore[no-any-return]
+
+    metrics = evaluate(forward, rows, recipe, tokenizer.pad_token_id, World(0, 1, 0, device))
     return {"model": str(folder), "data": where, "rows": len(rows), "metrics": metrics}
 
 

@@ -69,7 +69,7 @@ def train(run: runs.Run, world: World, logs: Path) -> None:
     """Trains RUN from where it stands to its end, and writes its model and eval.json.
 
     Raises:
-        NonFiniteLoss: before the optimizer step; the last checkpoint is good.
+        NonFiniteLoss: a loss, before the optimizer step, or a gradient; the last checkpoint is good either way.
         DataError, ModelError: what the recipe names is not there.
     """
     setup = _set_up(run, world)
@@ -150,7 +150,9 @@ def train(run: runs.Run, world: World, logs: Path) -> None:
                 checkpoint.save(setup.engine, run.checkpoints, progress.step, asdict(progress), world)
                 if world.is_main:
                     runs.write_json(logs / "steps.json", {"first": first_step, "last": progress.step})
-                    checkpoint.prune(run.checkpoints, recipe.checkpoint.save_total_limit, progress.best_step)
+                    checkpoint.prune(
+                        run.checkpoints, recipe.checkpoint.save_total_limit, progress.step, progress.best_step
+                    )
             if last or ends_epoch:
                 break
 
@@ -241,7 +243,13 @@ def _finish(setup: Setup, progress: Progress) -> None:
     """The best weights, the report on test, the model folder, eval.json."""
     run, world = setup.run, setup.world
     if progress.best_step is not None and progress.best_step != progress.step:
-        checkpoint.load_weights(setup.engine, checkpoint.checkpoint_path(run.checkpoints, progress.best_step))
+        best = checkpoint.checkpoint_path(run.checkpoints, progress.best_step)
+        if checkpoint.is_good(best, world):
+            checkpoint.load_weights(setup.engine, best)
+        else:
+            progress.best_step, progress.best_metrics = None, progress.last_metrics
+            if world.is_main:
+                say(f"checkpoint {best.name}, the best one, is damaged or gone; the model is that of the last step")
     metrics = {
         "validation": progress.best_metrics or progress.last_metrics,
         "test": setup.evaluate("test") if "test" in setup.data.splits else {},

@@ -74,6 +74,8 @@ def load_config(recipe: Recipe, label_names: list[str]) -> Any:
             setattr(config, key, value)
         except Exception as error:  # Transformers checks types with an exception of its own
             raise ModelError(f"model.config.{key} = {value!r}: {' '.join(str(error).split())}") from None
+    if recipe.model.attn_implementation is not None:
+        config._attn_implementation = recipe.model.attn_implementation
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and config.model_type in COUNT_POSITIONS_FROM_PADDING:
         limit -= config.pad_token_id + 1
@@ -91,7 +93,7 @@ def _load(kind: Any, recipe: Recipe, **keywords: Any) -> Any:
             trust_remote_code=model.trust_remote_code,
             **keywords,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(
@@ -110,15 +112,15 @@ def build_model(
 
     logging.set_verbosity_error()  # which weights are new is said by the recipe
     config = load_config(recipe, label_names)
-    if recipe.model.attn_implementation is not None:
-        config._attn_implementation = recipe.model.attn_implementation
     torch.manual_seed(recipe.training.seed)
     with zero.partitioned(deepspeed_config):
         if recipe.model.from_scratch:
-            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+            model = AutoModelForSequenceClassification.from_config(
+                config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
+            )
         else:
             model = _load(AutoModelForSequenceClassification, recipe, config=config, dtype=dtype)
-    if model.config.pad_token_id is None and recipe.task in ("classification", "regression"):
+    if model.config.pad_token_id is None:
         raise ModelError(
             f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its config has no pad_token_id; "
             "set model.config.pad_token_id"

@@ -58,7 +58,9 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
 
     try:
         with torch.device("meta"):  # names and shapes alone
-            model = AutoModelForSequenceClassification.from_config(config)
+            model = AutoModelForSequenceClassification.from_config(
+                config, trust_remote_code=recipe.model.trust_remote_code
+            )
     except Exception as error:  # each family has its own way to refuse a config
         raise RecipeError(f"model = {recipe.model.model_name_or_path!r}: cannot be built: {error}") from None
     try:
