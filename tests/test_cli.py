@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,8 +159,9 @@ def test_runs_are_compared_with_their_baselines_even_where_the_data_is_gone(
         monkeypatch.chdir(run.path)
         done = CliRunner().invoke(app, ["compare", folder])
         assert done.exit_code == 0, done.stderr
-        rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
-        assert rows[0][:2] == ["a", "pretrained"]
-        assert "rank 0: size of [batch, seq] [/x]" in rows[0]
-        assert rows[1][:2] == ["a-scratch", "from scratch"]
-        assert {"0.7500", "2.0M", "6", "3", "40"} <= set(rows[1])
+        lines = [re.split("[┃│]", line)[1:-1] for line in done.stdout.splitlines() if re.search("[┃│]", line)]
+        names, run_cells, baseline_cells = zip(*[[cell.strip() for cell in line] for line in lines], strict=True)
+        assert (names[:2], run_cells[:2]) == (("run", "weights"), ("a", "pretrained"))
+        assert "rank 0: size of [batch, seq] [/x]" in run_cells
+        assert baseline_cells[:2] == ("a-scratch", "from scratch")
+        assert {"0.7500", "2.0M", "6", "3", "40"} <= set(baseline_cells)

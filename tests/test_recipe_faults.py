@@ -400,10 +400,10 @@ def yaml_text() -> Iterator[Fault]:
 def batches() -> Iterator[Fault]:
     key = "training.global_batch_size"
     said = "does not divide over 2 ranks; the nearest that does: "
-    yield Fault("batch", key, CLASSIFICATION, (f"{key}=7",), ("--nproc-per-node", "2"), said + "8", place="")
-    yield Fault("batch", key, CLASSIFICATION, (f"{key}=1",), ("--nodes", "2"), said + "2", place="")
+    yield Fault("batch", key, CLASSIFICATION, (f"{key}=7",), ("--nproc-per-node", "2"), said + "8", place="recipe.yaml")
+    yield Fault("batch", key, CLASSIFICATION, (f"{key}=1",), ("--nodes", "2"), said + "2", place="recipe.yaml")
     given = (f"{key}=64", "training.gradient_accumulation_steps=2", "training.per_device_train_batch_size=8")
-    yield Fault("batch", key, CLASSIFICATION, given, said="not 2 micro-batches of at most 8", place="")
+    yield Fault("batch", key, CLASSIFICATION, given, said="not 2 micro-batches of at most 8", place="recipe.yaml")
 
 
 GENERATED = [*misspelt(), *of_another_type(), *out_of_range(), *illegal(), *missing()]
@@ -433,7 +433,8 @@ def write(folder: Path, recipe: dict[str, Any] | str) -> Path:
 
 def check(fault: Fault, folder: Path, before: set[Path], code: int, output: str, errors: str) -> None:
     """A line `error: PLACE: KEY ...` that says what it should, no line more, and nothing new in the folder."""
-    place = fault.place if fault.place is not None else "command line" if fault.overrides else f"{folder}/recipe.yaml"
+    place = fault.place if fault.place is not None else "command line" if fault.overrides else "recipe.yaml"
+    place = f"{folder}/recipe.yaml" if place == "recipe.yaml" else place
     pattern = f"error: {re.escape(place + fault.position)}{': ' if place else ''}" + (
         rf"('{re.escape(fault.key)}'|{re.escape(fault.key)})( = |: |$)" if fault.key else ""
     )
@@ -574,7 +575,7 @@ def test_fp16_needs_a_gpu(later: Path) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    recipe = load_recipe(write(later, CLASSIFICATION), ["training.fp16=true"])
+    recipe = load_recipe(write(later, CLASSIFICATION), ["training.fp16=true", "losses=[{kind: cross_entropy}]"])
     with pytest.raises(RecipeError, match=r"^training\.fp16 = .*: fp16 needs a GPU, and there is none here"):
         prepare_recipe(recipe)
 
@@ -587,7 +588,7 @@ def test_the_command_itself_with_such_a_fault(key: str, given: tuple[str, ...], 
     before = set(later.rglob("*"))
     done = command(later, file, *given)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(f"error: {key} = ")
+    assert done.stderr.startswith(f"error: {file}: {key} = ")
     assert said in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert set(later.rglob("*")) == before

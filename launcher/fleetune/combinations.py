@@ -83,12 +83,12 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
 
 def _training_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     training, deepspeed, data = recipe.training, recipe.deepspeed, recipe.data
-    if training.fp16 and recipe.deepspeed.zero_stage == 0:
-        yield "training.fp16", True, "needs deepspeed.zero_stage 1, 2 or 3"
-    if training.fp16 and any(loss.kind.endswith("_penalty") for loss in recipe.losses):
-        yield "training.fp16", True, "penalties need bf16 or fp32: fp16 scales its gradients"
     if training.bf16 and training.fp16:
         yield "training.fp16", True, "bf16 is on already; choose one"
+    elif training.fp16 and recipe.deepspeed.zero_stage == 0:
+        yield "training.fp16", True, "needs deepspeed.zero_stage 1, 2 or 3"
+    elif training.fp16 and any(loss.kind.endswith("_penalty") for loss in recipe.losses):
+        yield "training.fp16", True, "penalties need bf16 or fp32: fp16 scales its gradients"
     if training.warmup_steps and training.warmup_ratio:
         yield "training.warmup_steps", training.warmup_steps, "training.warmup_ratio says it already; leave one out"
     if training.global_batch_size and training.gradient_accumulation_steps:
