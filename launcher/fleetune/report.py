@@ -35,7 +35,9 @@ def row(run: runs.Run) -> dict[str, str]:
         return {**cells, "state": last[0].get("reason", "unfinished").partition("\n")[0]}
     report: dict[str, Any] = runs.read_json(run.eval)
     for split in ("validation", "test"):
-        cells |= {f"{split} {name}": f"{value:.4f}" for name, value in report[split].items()}
+        cells |= {
+            f"{split} {name}": "undefined" if value is None else f"{value:.4f}" for name, value in report[split].items()
+        }
     return {
         **cells,
         "parameters": f"{report['parameters'] / 1e6:.1f}M",

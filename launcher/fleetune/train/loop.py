@@ -269,7 +269,11 @@ def _finish(setup: Setup, progress: Progress) -> None:
             "peak_memory_mb": round(peak_memory_mb(world)),
         }
         model_folder.write(run, setup.recipe, setup.engine.module, state, setup.tokenizer, setup.data, report)
-        runs.write_json(run.eval, report)
+        defined = {
+            split: {name: value if math.isfinite(value) else None for name, value in values.items()}
+            for split, values in metrics.items()
+        }
+        runs.write_json(run.eval, report | defined)  # JSON knows no NaN
         say("done  " + "  ".join(f"{split}: {figures(values)}" for split, values in metrics.items() if values))
     distributed.barrier()
 
