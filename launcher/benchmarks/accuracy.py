@@ -84,10 +84,12 @@ def run_fleetune(task: str, seed: int) -> None:
         )
         run = next(Path(output).iterdir())
         report = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+        # A CPU without bf16 trains in fp32, whatever the recipe asks.
+        precision = "bf16" if "bf16: true" in (run / "recipe.yaml").read_text(encoding="utf-8") else "fp32"
     record.write(
         f"accuracy/{task}-fleetune-{seed}",
         "fleetune " + " ".join(command),
-        {"eval": report["validation"], "test": report["test"]},
+        {"precision": precision, "eval": report["validation"], "test": report["test"]},
     )
 
 

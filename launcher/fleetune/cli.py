@@ -72,7 +72,7 @@ def run(
         )
     layout = _plan(nodes, nproc_per_node)
     typer.echo("preparing the data")
-    report = _prepare(recipe, loaded, layout)
+    loaded, report = _prepare(recipe, loaded, layout)
     _show_cleaning(report)
     outcome = _attempt(loaded, layout, report, fresh)
     folders = [outcome.run.path]
@@ -100,18 +100,25 @@ def _plan(nodes: int, nproc_per_node: int | None) -> Layout:
         _fail(str(error))
 
 
-def _prepare(file: Path, recipe: Recipe, layout: Layout) -> dict[str, Any]:
-    """Checks the recipe against its model, data and machine; leaves the program where they do not fit."""
+def _prepare(file: Path, recipe: Recipe, layout: Layout) -> tuple[Recipe, dict[str, Any]]:
+    """Checks the recipe against its model, data and machine; leaves the program where they do not fit.
+
+    Returns the recipe as it runs here, and the report.
+    """
     from fleetune.cluster import local
     from fleetune.schema import RecipeError, cut_batch
 
     try:
         cut_batch(recipe.training, layout.world_size)
-        return local.prepare(recipe)
+        report = local.prepare(recipe)
     except RecipeError as error:
         _fail("\n".join(f"{file}: {line}" for line in str(error).splitlines()))
     except local.PreparationFailed as error:
         _fail(f"preparing failed:\n{error}", 1)
+    resolved = local.in_this_machines_precision(recipe, report)
+    if resolved is not recipe:
+        typer.echo("warning   training.bf16: this CPU has no arithmetic for bf16; fp32 is faster here and is used")
+    return resolved, report
 
 
 def _show_cleaning(report: dict[str, Any]) -> None:
@@ -148,7 +155,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc
 
     loaded = _load(recipe, overrides)
     layout = _plan(nodes, nproc_per_node)
-    report = _prepare(recipe, loaded, layout)
+    loaded, report = _prepare(recipe, loaded, layout)
     batch = cut_batch(loaded.training, layout.world_size)
     typer.echo(dump_recipe(loaded))
     typer.echo(f"batch     {batch}")

@@ -26,6 +26,14 @@ def check_machine(recipe: Recipe) -> None:
         raise RecipeError("training.bf16 = True: this GPU has no bf16; use fp16, or neither for fp32")
 
 
+def has_fast_bf16() -> bool:
+    """Whether bf16 is worth having here. A CPU without AVX-512 or the like works it out in software, eight times
+    slower than fp32 and no better."""
+    import torch
+
+    return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     """Raises RecipeError, DataError or ModelError, each naming the key."""
     import torch
@@ -70,7 +78,12 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
         raise RecipeError(str(error)) from None
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {**prepared.report, "parameters": parameters, "trainable_parameters": trainable}
+    return {
+        **prepared.report,
+        "parameters": parameters,
+        "trainable_parameters": trainable,
+        "has_fast_bf16": has_fast_bf16(),
+    }
 
 
 def main() -> int:
