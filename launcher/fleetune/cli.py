@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from fleetune.cluster.local import Layout, Outcome
+    from fleetune.cluster.local import Layout, Outcome, Stop
     from fleetune.schema import Recipe
 
 app = typer.Typer(
@@ -62,6 +62,7 @@ def run(
 ) -> None:
     """Train a recipe on this machine; the same command again goes on where it stopped."""
     from fleetune import runs
+    from fleetune.cluster import local
 
     loaded = _load(recipe, overrides)
     baseline = baseline and not loaded.model.from_scratch
@@ -72,20 +73,25 @@ def run(
         )
     layout = _plan(nodes, nproc_per_node)
     typer.echo("preparing the data")
-    loaded, report = _prepare(recipe, loaded, layout)
-    _show_cleaning(report)
-    outcome = _attempt(loaded, layout, report, fresh)
-    folders = [outcome.run.path]
-    if baseline:
-        scratch = outcome.run.recipe().model_copy(
-            update={
-                "name": f"{outcome.run.path.name}-from-scratch",
-                "model": loaded.model.model_copy(update={"from_scratch": True}),
-            }
-        )
-        typer.echo(f"\nbaseline  {scratch.name}: the same model from scratch")
-        runs.write_json(outcome.run.path / "run.json", {**outcome.run.info(), "baseline": scratch.name})
-        folders.append(_attempt(scratch, layout, report, fresh=False).run.path)
+    with local.stopping() as stop:
+        try:
+            loaded, report = _prepare(recipe, loaded, layout, stop)
+            _show_cleaning(report)
+            outcome = _attempt(loaded, layout, report, fresh, stop)
+            folders = [outcome.run.path]
+            if baseline:
+                scratch = outcome.run.recipe().model_copy(
+                    update={
+                        "name": f"{outcome.run.path.name}-from-scratch",
+                        "model": loaded.model.model_copy(update={"from_scratch": True}),
+                    }
+                )
+                typer.echo(f"\nbaseline  {scratch.name}: the same model from scratch")
+                runs.write_json(outcome.run.path / "run.json", {**outcome.run.info(), "baseline": scratch.name})
+                folders.append(_attempt(scratch, layout, report, False, stop).run.path)
+        except (local.StoppedEarly, KeyboardInterrupt):
+            typer.echo("stopped before training began; the same command begins again")
+            raise typer.Exit(runs.SAVED) from None
     typer.echo("")
     _print_comparison(folders)
 
@@ -100,7 +106,7 @@ def _plan(nodes: int, nproc_per_node: int | None) -> Layout:
         _fail(str(error))
 
 
-def _prepare(file: Path, recipe: Recipe, layout: Layout) -> tuple[Recipe, dict[str, Any]]:
+def _prepare(file: Path, recipe: Recipe, layout: Layout, stop: Stop | None = None) -> tuple[Recipe, dict[str, Any]]:
     """Checks the recipe against its model, data and machine; leaves the program where they do not fit.
 
     Returns the recipe as it runs here, and the report.
@@ -110,7 +116,7 @@ def _prepare(file: Path, recipe: Recipe, layout: Layout) -> tuple[Recipe, dict[s
 
     try:
         cut_batch(recipe.training, layout.world_size)
-        report = local.prepare(recipe)
+        report = local.prepare(recipe, stop)
     except RecipeError as error:
         _fail("\n".join(f"{file}: {line}" for line in str(error).splitlines()))
     except local.PreparationFailed as error:
@@ -128,16 +134,20 @@ def _show_cleaning(report: dict[str, Any]) -> None:
         typer.echo(f"warning   {report['warning']}")
 
 
-def _attempt(recipe: Recipe, layout: Layout, report: dict[str, Any], fresh: bool) -> Outcome:
+def _attempt(recipe: Recipe, layout: Layout, report: dict[str, Any], fresh: bool, stop: Stop) -> Outcome:
     """One attempt with its progress shown; leaves the program where it fails."""
+    from fleetune import runs
     from fleetune.cluster import local, progress
     from fleetune.schema import RecipeError
 
     try:
         with progress.shown() as watch:
-            outcome = local.run_recipe(recipe, layout, report["rows"]["train"], fresh=fresh, watch=watch)
+            outcome = local.run_recipe(recipe, layout, report, fresh=fresh, watch=watch, stop=stop)
     except RecipeError as error:
         _fail(str(error))
+    if outcome.exit_code == runs.SAVED:
+        typer.echo(f"{outcome.run.path}: {outcome.reason}")
+        raise typer.Exit(runs.SAVED)
     if outcome.exit_code:
         _fail(f"{outcome.run.path}: {outcome.reason}", outcome.exit_code)
     if outcome.was_finished:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from fleetune.combinations import combinations, missing_files
 from fleetune.schema import DATA_SUFFIXES, Recipe, RecipeError, Section
@@ -62,6 +63,11 @@ def _models(annotation: Any) -> Iterator[type[Section]]:
         yield from _models(argument)
 
 
+def _fields(section: type[Section]) -> dict[str, FieldInfo]:
+    """By the names they have in a recipe."""
+    return {info.alias or name: info for name, info in section.model_fields.items()}
+
+
 def _inside(values: Any, part: str | int) -> Any:
     """What stands at a key or an index; None where nothing does."""
     if isinstance(values, dict):
@@ -76,12 +82,7 @@ def _sections_at(path: Path_, values: Any) -> list[type[Section]]:
         values = _inside(values, part)
         if isinstance(part, int):
             continue
-        found = [
-            m
-            for section in found
-            if part in section.model_fields
-            for m in _models(section.model_fields[part].annotation)
-        ]
+        found = [m for section in found if part in _fields(section) for m in _models(_fields(section)[part].annotation)]
     kind = values.get("kind") if isinstance(values, dict) else None
     if len(found) > 1:  # a union by kind
         found = [m for m in found if kind in get_args(m.model_fields["kind"].annotation)] or found
@@ -89,7 +90,7 @@ def _sections_at(path: Path_, values: Any) -> list[type[Section]]:
 
 
 def _all_names(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, info in section.model_fields.items():
+    for name, info in _fields(section).items():
         yield name, prefix + name
         first = "0." if get_origin(info.annotation) is list else ""
         for inner in _models(info.annotation):
@@ -98,7 +99,7 @@ def _all_names(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tu
 
 def _unknown_key(path: Path_, values: Any) -> str:
     key = str(path[-1])
-    legal = sorted({name for section in _sections_at(path[:-1], values) for name in section.model_fields})
+    legal = sorted({name for section in _sections_at(path[:-1], values) for name in _fields(section)})
     if len(path) == 1:
         legal.append("extends")
     places: dict[str, str] = {}

@@ -30,9 +30,9 @@ MAY_CHANGE = (
     "training.num_train_epochs",
     "training.max_steps",
     "training.logging_steps",
+    "training.hang_timeout",
     "tracking.",
-    "checkpoint.save_steps",
-    "checkpoint.save_total_limit",
+    "checkpoint.",
     "deepspeed.offload_",
 )
 PACKAGES = ("fleetune", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "wandb")
@@ -108,11 +108,14 @@ def source_commit() -> str | None:
 # ---------------------------------------------------------------- identity
 
 
-def open_run(recipe: Recipe, layout: dict[str, int], fresh: bool = False) -> Run:
-    """Makes the recipe's run folder, or takes up the one that is there; `layout` holds nodes, nproc_per_node, threads.
+def open_run(recipe: Recipe, layout: dict[str, int], fresh: bool = False, data: str | None = None) -> Run:
+    """Makes the recipe's run folder, or takes up the one that is there.
+
+    `layout` holds nodes, nproc_per_node, threads; `data` is a hash of the prepared data.
 
     Raises:
-        RecipeError: the folder is of another recipe or layout, is no run folder, cannot be made, or is at work.
+        RecipeError: the folder is of another recipe, layout, data or user, is no run folder, cannot be made, or is at
+            work.
     """
     base = Path(recipe.output_dir) / recipe.name
     if fresh:
@@ -126,9 +129,11 @@ def open_run(recipe: Recipe, layout: dict[str, int], fresh: bool = False) -> Run
     try:
         if (run.path / "run.json").exists():
             _refuse_another_attempt(run.path / "lease.json")  # before what it reads is changed
-            _refuse_another_recipe(run, recipe, layout)
+            _refuse_another_recipe(run, recipe, layout, data)
         else:
             _make(run, recipe, layout)
+        begun = {"layout": layout} if data is None else {"layout": layout, "data": data}
+        write_json(run.path / "run.json", {**run.info(), **begun})
         write_text(run.recipe_file, text)
     except OSError as error:
         raise RecipeError(f"output_dir/name = {str(run.path)!r}: cannot be written: {error.strerror}") from None
@@ -168,7 +173,19 @@ def differences(stored: Recipe, new: Recipe) -> list[str]:
     return [f"{key}: {said(old, key)} in the run, {said(now, key)} now" for key in keys]
 
 
-def _refuse_another_recipe(run: Run, recipe: Recipe, layout: dict[str, int]) -> None:
+def refuse_fewer_steps(run: Run, steps: int) -> None:
+    """Raises RecipeError where the run has gone further than the recipe now asks."""
+    reached = max((int(path.parent.name[5:]) for path in run.checkpoints.glob("step-*/MANIFEST.json")), default=0)
+    if reached > steps:
+        raise RecipeError(
+            f"training.max_steps: the recipe comes to {steps} steps, and {run.path} has done {reached} (--fresh begins "
+            "anew)"
+        )
+
+
+def _refuse_another_recipe(run: Run, recipe: Recipe, layout: dict[str, int], data: str | None) -> None:
+    if run.path.stat().st_uid != os.getuid():
+        raise RecipeError(f"{run.path}: belongs to another user; what stands in it is not opened")
     changed = differences(run.recipe(), recipe) if run.recipe_file.exists() else []  # killed before it was written
     if changed:
         raise RecipeError(
@@ -176,9 +193,10 @@ def _refuse_another_recipe(run: Run, recipe: Recipe, layout: dict[str, int]) -> 
         )
     stored = run.info()["layout"]
     moved = [f"{key} = {layout[key]}: the run has {stored[key]}" for key in layout if stored.get(key) != layout[key]]
+    if data is not None and run.info().get("data", data) != data:
+        moved.append("the data are not those it was trained on: a file, or what is made of it, has changed")
     if moved and any(run.checkpoints.glob("step-*")):
         raise RecipeError(f"{run.path} goes on only as it began (--fresh begins anew):\n  " + "\n  ".join(moved))
-    write_json(run.path / "run.json", {**run.info(), "layout": layout})
 
 
 def is_finished(run: Run, steps: int) -> bool:
@@ -292,7 +310,8 @@ class _Lease:
         held = _held(self.path)
         if held is not None and held["token"] != self.token:
             raise RecipeError(_at_work(self.path, held))
-        write_json(self.path, self._now())
+        with contextlib.suppress(OSError):  # a full disk is no reason to stop; on this machine the process counts
+            write_json(self.path, self._now())
 
     def _now(self) -> dict[str, Any]:
         self.beaten = time.time()

@@ -22,6 +22,7 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
         protected_namespaces=(),
+        serialize_by_alias=True,
     )
 
 
@@ -169,6 +170,8 @@ class Training(Section):
     """Batches of like length in random order: less padding, every example once an epoch."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     logging_steps: Positive = 10
+    hang_timeout: Annotated[float, Field(gt=0.0)] | None = None
+    """Seconds without a step after which the run is stopped as hanging; learnt from its own steps when absent."""
 
 
 class DeepSpeed(Section):
@@ -201,6 +204,8 @@ class Checkpoint(Section):
     """Optimizer steps between checkpoints; at each evaluation when absent."""
     save_total_limit: Positive = 2
     """The last ones that are kept, beside the best."""
+    in_background: Annotated[bool, Field(alias="async")] = False
+    """The files are written beside the next steps, from a copy in memory, where there is room for one."""
 
 
 class Wandb(Section):

@@ -14,20 +14,55 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 from fleetune import runs
+from fleetune.cluster.watch import Beats, Silence, where_each_is
 from fleetune.recipe import dump_recipe
 from fleetune.schema import Recipe, RecipeError, cut_batch, total_steps
 
-GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL for the ranks that are left when one has failed
+GRACE_SECONDS = 3.0  # for the ranks that are left when one has failed: they mostly end by an error of their own
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class PreparationFailed(RuntimeError):
     """Preparing broke in a way that is nobody's recipe; carries the last lines."""
+
+
+class StoppedEarly(Exception):
+    """Asked to stop before any rank was started."""
+
+
+@dataclass
+class Stop:
+    """Whether this process was asked to stop, and by what."""
+
+    signals: list[signal.Signals] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.signals)
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Stop]:
+    """Within it, a stopping signal only says so, for the ranks to save; a second Ctrl-C is a KeyboardInterrupt."""
+    stop = Stop()
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in stop.signals:
+            raise KeyboardInterrupt
+        stop.signals.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, hear) for number in STOPPING}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def count_gpus() -> int:
@@ -88,28 +123,40 @@ def rank_environment() -> dict[str, str]:
     return {**quiet, **memory, **os.environ}
 
 
-def prepare(recipe: Recipe) -> dict[str, Any]:
+def prepare(recipe: Recipe, stop: Stop | None = None) -> dict[str, Any]:
     """Checks the recipe against model, data and machine and fills the token cache, in a process of its own.
 
     Raises:
         RecipeError: something does not fit.
         PreparationFailed: it broke.
+        StoppedEarly: asked to stop.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         file.write(dump_recipe(recipe))
         file.flush()
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", "fleetune.train.prepare", file.name],
             env=rank_environment(),
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
         )
-    if done.returncode == runs.WRONG:
-        raise RecipeError(error_of(done.stderr))
-    if done.returncode != runs.DONE:
-        raise PreparationFailed("\n".join(done.stderr.strip().splitlines()[-15:]))
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+        while True:
+            try:
+                output, errors = process.communicate(timeout=0.2)
+                break
+            except subprocess.TimeoutExpired:
+                if stop:
+                    process.kill()  # the cache takes nothing that is half done
+                    process.communicate()
+                    raise StoppedEarly from None
+    if stop:
+        raise StoppedEarly
+    if process.returncode == runs.WRONG:
+        raise RecipeError(error_of(errors))
+    if process.returncode != runs.DONE:
+        raise PreparationFailed("\n".join(errors.strip().splitlines()[-15:]))
+    return json.loads(output)  # type: ignore[no-any-return]
 
 
 def in_this_machines_precision(recipe: Recipe, report: dict[str, Any]) -> Recipe:
@@ -137,18 +184,22 @@ class Outcome:
 
 
 def run_recipe(
-    recipe: Recipe, layout: Layout, train_rows: int, *, fresh: bool, watch: Callable[[str], None]
+    recipe: Recipe, layout: Layout, report: dict[str, Any], *, fresh: bool, watch: Callable[[str], None], stop: Stop
 ) -> Outcome:
     """One attempt of a prepared recipe, from its start or its newest checkpoint. `watch` gets rank 0's lines.
 
     Raises:
-        RecipeError: the run folder is of another recipe or layout, or another attempt is at work in it.
+        RecipeError: the run folder is of another recipe, data or layout, or another attempt is at work in it.
+        StoppedEarly: asked to stop before it began.
     """
-    steps = total_steps(recipe.training, train_rows, cut_batch(recipe.training, layout.world_size))
-    run = runs.open_run(recipe, layout.stored(), fresh)
+    if stop:
+        raise StoppedEarly
+    steps = total_steps(recipe.training, report["rows"]["train"], cut_batch(recipe.training, layout.world_size))
+    run = runs.open_run(recipe, layout.stored(), fresh, report["content"])
     if runs.is_finished(run, steps):
         return Outcome(run, runs.DONE, "finished before", was_finished=True)
-    with runs.lease(run) as lease:
+    runs.refuse_fewer_steps(run, steps)
+    with runs.lease(run) as lease, tempfile.TemporaryDirectory(prefix="fleetune-beats-") as beats:
         nodes = [
             f"{socket.gethostname()}/{node}" if layout.nodes > 1 else socket.gethostname()
             for node in range(layout.nodes)
@@ -156,9 +207,10 @@ def run_recipe(
         attempt, start = runs.start_attempt(run, nodes), time.monotonic()
         code, reason = runs.FAILED, "interrupted"
         try:
-            code, reason = _Ranks(run, layout, run.logs(attempt), watch).wait(lease.beat)
+            ranks = _Ranks(run, layout, run.logs(attempt), watch, Path(beats))
+            code, reason = ranks.wait(lease.beat, stop, recipe.training.hang_timeout)
         except KeyboardInterrupt:
-            code = 128 + signal.SIGINT
+            code, reason = 128 + signal.SIGINT, "stopped at once; what came after the last checkpoint is lost"
         except RecipeError as taken_over:  # the lease is another's
             code, reason = runs.FAILED, str(taken_over)
         finally:
@@ -174,6 +226,7 @@ class _Ranks:
     layout: Layout
     logs: Path
     watch: Callable[[str], None]
+    beats: Path
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -192,6 +245,7 @@ class _Ranks:
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": str(self.layout.threads),
                 "FLEETUNE_LOGS": str(self.logs),
+                "FLEETUNE_BEATS": str(self.beats),
             }
             if sys.platform == "linux":
                 environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve must not matter
@@ -206,68 +260,104 @@ class _Ranks:
                         encoding="utf-8",
                         errors="replace",
                         start_new_session=True,
-                        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                        preexec_fn=_become_rank,
                     )
                 )
 
     def log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
 
-    def wait(self, beat: Callable[[], None]) -> tuple[int, str]:
-        """Until all are done, or one has failed and the others are stopped: (exit code, reason)."""
+    def wait(self, beat: Callable[[], None], stop: Stop, hang_timeout: float | None) -> tuple[int, str]:
+        """Until all are done or saved, or one has failed or hangs and the others are stopped: (exit code, reason)."""
         output = self.processes[0].stdout
         assert output is not None
         relay = threading.Thread(target=self._relay, args=(output,), daemon=True)
         relay.start()
+        beats = Beats(self.beats, list(range(len(self.processes))), hang_timeout)
+        told, grace = False, 0.0
         try:
             while True:
                 codes = [process.poll() for process in self.processes]
-                # Of several in one look, the one that says most: failed for good, killed, then the lowest. The others'
-                # errors are mostly that it has gone.
-                failed = min(
-                    (rank for rank, code in enumerate(codes) if code),
-                    key=lambda rank: (codes[rank] != runs.FAILED_FOR_GOOD, (codes[rank] or 0) > 0, rank),
-                    default=None,
-                )
-                if failed is not None:
-                    return self._failure(failed, codes[failed] or 0)
-                if all(code == 0 for code in codes):
-                    return runs.DONE, "done"
+                failed = [rank for rank, code in enumerate(codes) if code not in (None, runs.DONE, runs.SAVED)]
+                if failed:
+                    grace = GRACE_SECONDS
+                    return self._failure(failed, codes)
+                if None not in codes:
+                    return self._end(codes, stop)
+                if stop and not told:
+                    told = True
+                    self._signal(signal.SIGTERM)  # one flag, whatever asked for it; they agree on the step
+                beats.ranks = [rank for rank, code in enumerate(codes) if code is None]
+                if (silence := beats.look()) is not None:
+                    return self._hang(silence)
                 beat()
                 time.sleep(0.1)
         finally:
-            self.stop()
+            self.stop(grace)
             relay.join(timeout=5.0)
 
-    def _failure(self, rank: int, code: int) -> tuple[int, str]:
+    def _end(self, codes: list[int | None], stop: Stop) -> tuple[int, str]:
+        if runs.SAVED not in codes:
+            return runs.DONE, "done"
+        asked = f" by {stop.signals[0].name}" if stop else ", as one of its ranks was asked to"
+        return runs.SAVED, f"stopped and saved{asked}"
+
+    def _failure(self, failed: list[int], codes: list[int | None]) -> tuple[int, str]:
+        # Of several in one look, the one that says most: failed for good, killed, then the one whose log was written
+        # first. The others' errors are mostly that it has gone.
+        def key(rank: int) -> tuple[bool, bool, float]:
+            return codes[rank] != runs.FAILED_FOR_GOOD, (codes[rank] or 0) > 0, self.log(rank).stat().st_mtime
+
+        rank = min(failed, key=key)
+        code = codes[rank] or 0
         if code < 0:
             reason = f"rank {rank} was killed by {signal.Signals(-code).name}"
         else:
             reason = f"rank {rank}: " + error_of(self.log(rank).read_text(encoding="utf-8", errors="replace"))
-        kept = code if code in (runs.WRONG, runs.FAILED_FOR_GOOD, runs.SAVED) else runs.FAILED
+        kept = code if code in (runs.WRONG, runs.FAILED_FOR_GOOD) else runs.FAILED
         return kept, f"{reason}\n  log: {self.log(rank)}"
+
+    def _hang(self, silence: Silence) -> tuple[int, str]:
+        left = {rank: process.pid for rank, process in enumerate(self.processes) if process.poll() is None}
+        lines = where_each_is(left, {rank: self.log(rank) for rank in left})
+        doing = "starting" if silence.phase == "start" else f"in its {silence.phase}"
+        reason = (
+            f"rank {silence.rank} hangs {doing}: no sign of it for {silence.seconds:.0f} s, "
+            f"and {silence.limit:.0f} s is the most it may take"
+        )
+        return runs.FAILED, "\n  ".join([reason, *lines, f"stacks and logs: {self.logs}"])
 
     def _relay(self, output: IO[str]) -> None:
         with self.log(0).open("a", encoding="utf-8") as log:
             for line in output:
-                log.write(line)
-                log.flush()
+                with contextlib.suppress(OSError):  # a full disk must not stop rank 0, whose pipe this empties
+                    log.write(line)
+                    log.flush()
                 with contextlib.suppress(OSError, ValueError):  # nobody looks any more; the log goes on
                     self.watch(line.rstrip("\n"))
 
-    def stop(self) -> None:
-        """SIGTERM to every rank that is left, SIGKILL after a grace."""
-        deadline = time.monotonic() + GRACE_SECONDS
-        for kind in (signal.SIGTERM, signal.SIGKILL):
-            for process in self.processes:
-                if process.poll() is None:
-                    os.killpg(process.pid, kind)
-            while any(process.poll() is None for process in self.processes) and time.monotonic() < deadline:
-                time.sleep(0.05)
+    def stop(self, grace: float) -> None:
+        """SIGKILL to every rank that is left after a grace; a stopped one, too."""
+        deadline = time.monotonic() + grace
+        while any(process.poll() is None for process in self.processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self._signal(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number) if number != signal.SIGKILL else os.killpg(process.pid, number)
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives its spawner
+def _become_rank() -> None:
+    """In the child, before it is Python: no rank outlives its spawner, and none dies of a signal to stop that comes
+    before it can hear one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
 
 def _free_port() -> int:

@@ -10,8 +10,11 @@ import sys
 import traceback
 from pathlib import Path
 
+from fleetune.train import signals
+
 
 def main() -> int:
+    signals.listen()
     # The user's lines go to stdout; whatever the libraries print goes to stderr, which is this rank's log.
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -29,7 +32,8 @@ def main() -> int:
         import torch
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        train(run, distributed.start(), Path(os.environ.get("FLEETUNE_LOGS", run.path / "logs")))
+        finished = train(run, distributed.start(), Path(os.environ.get("FLEETUNE_LOGS", run.path / "logs")))
+        signals.beat("exit")
         distributed.stop()
     except (NonFiniteLoss, DataError, ModelError, RecipeError) as error:
         print(f"fleetune: error: {error}", file=sys.stderr, flush=True)
@@ -38,7 +42,7 @@ def main() -> int:
         traceback.print_exc()
         print(f"fleetune: error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return runs.FAILED
-    return runs.DONE
+    return runs.DONE if finished else runs.SAVED
 
 
 if __name__ == "__main__":

@@ -3,30 +3,59 @@
 step-00000100/engine/...     DeepSpeed's own files: weights, and the optimizer's shards of each rank
 step-00000100/rank-0.pt      random states of that rank, tensors alone
 step-00000100/state.json     where training stands
-step-00000100/MANIFEST.json  every file's size and SHA-256; written last
+step-00000100/MANIFEST.json  every file's size and SHA-256, the layout, and a hash of itself; written last
+
+A save has two halves. `start` takes every rank's state: written at once, or copied and left to a thread beside the next
+steps. `finish`, when all ranks have written, makes the whole of it a checkpoint or, where one of them could not
+write, nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
 import random
 import shutil
+import threading
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
+from fleetune import runs
+from fleetune.schema import Checkpoint
+from fleetune.train import signals
 from fleetune.train.distributed import World, barrier, gather_objects
+from fleetune.train.speed import available_memory
 
 MANIFEST = "MANIFEST.json"
+FAILURES = 3  # saves in a row that may fail before training gives up
+SPARE_MEMORY = 1 << 30  # left free beside the copies that wait to be written
 
 
 class DamagedCheckpoint(Exception):
     """A checkpoint that is not what its manifest says; names the file."""
+
+
+class SaveFailed(RuntimeError):
+    """What has been trained cannot be written to disk."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of a save; `problem` says why it is no checkpoint."""
+
+    step: int
+    blocked_seconds: float  # training stood still
+    seconds: float  # from its start until it was whole
+    problem: str | None
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -42,90 +71,214 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted((path.parent for path in folder.glob(f"step-*/{MANIFEST}")), key=step_of, reverse=True)
 
 
-def save(engine: Any, folder: Path, step: int, state: dict[str, Any], world: World) -> Path:
-    """A collective. On return the checkpoint is whole and in place, on disk."""
-    final, beside = checkpoint_path(folder, step), folder / f".step-{step:08d}.part"
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-    barrier()
-    engine.save_checkpoint(str(beside), tag="engine", save_latest=False)
-    torch.save(_random_state(), beside / f"rank-{world.rank}.pt")
-    barrier()
-    if world.is_main:
-        (beside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        files = sorted(path for path in beside.rglob("*") if path.is_file())
-        manifest = {
-            str(path.relative_to(beside)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
-        }
-        (beside / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1), encoding="utf-8")
-        for path in [*files, beside / MANIFEST, *(path for path in beside.rglob("*") if path.is_dir()), beside]:
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
-        _sync(folder)
-    barrier()
-    return final
+# ---------------------------------------------------------------- saving
 
 
-def verify(path: Path) -> None:
-    """Raises DamagedCheckpoint for a file that is missing, of another size or content, or owned by somebody else."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{path.name}: {MANIFEST} cannot be read: {error}") from None
-    if manifest["step"] != step_of(path):
-        raise DamagedCheckpoint(f"{path.name}: its manifest is of step {manifest['step']}")
-    for name, expected in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise DamagedCheckpoint(f"{path.name}: {name} is missing")
-        stat = file.stat()
-        if stat.st_uid != os.getuid():
-            raise DamagedCheckpoint(f"{path.name}: {name} belongs to another user")  # DeepSpeed's loader unpickles
-        if stat.st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
-            raise DamagedCheckpoint(f"{path.name}: {name} is damaged")
+@dataclass
+class _Save:
+    """A save under way, as one rank knows it."""
+
+    step: int
+    best_step: int | None
+    state: str  # state.json, as it stood
+    beside: Path
+    started: float
+    blocked: float = 0.0
+    held: int = 0  # bytes of the copies
+    copies: list[tuple[Path, Any]] = field(default_factory=list)
+    written: dict[str, dict[str, Any]] = field(default_factory=dict)
+    problem: str | None = None
+    thread: threading.Thread | None = None
 
 
-def newest_good(folder: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a line for each damaged one passed over. The main rank verifies for all."""
-    found: tuple[Path | None, list[str]] = (None, [])
-    if world.is_main:
-        problems: list[str] = []
-        for path in complete_checkpoints(folder):
-            try:
-                verify(path)
-            except DamagedCheckpoint as damage:
-                problems.append(str(damage))
-                continue
-            found = (path, problems)
-            break
+class Saver(TorchCheckpointEngine):  # type: ignore[misc]
+    """Saves a run's checkpoints, one at a time. DeepSpeed hands it each file's content in place of writing it."""
+
+    def __init__(self, engine: Any, run: runs.Run, world: World, settings: Checkpoint, saved_step: int) -> None:
+        super().__init__()
+        self.engine, self.folder, self.world, self.settings = engine, run.checkpoints, world, settings
+        self.run_id = run.info()["id"]
+        self.saved_step = saved_step  # the last that is a checkpoint
+        self.started_step = saved_step  # the last that was to be one
+        self.failures = 0
+        self._save: _Save | None = None
+        engine.checkpoint_engine = self
+        engine._copy_recovery_script = lambda path: None  # scripts for use without Fleetune; and one rank alone writes
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a save was started and not finished; alike on every rank."""
+        return self._save is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes."""
+        return self._save is not None and self._save.thread is not None and self._save.thread.is_alive()
+
+    def start(self, step: int, state: dict[str, Any], best_step: int | None) -> None:
+        """Takes the state of the run at `step`. A collective; no other save may be open."""
+        assert self._save is None
+        start = time.perf_counter()
+        beside = self.folder / f".step-{step:08d}.part"
+        save = self._save = _Save(step, best_step, json.dumps(state, indent=1), beside, start)
+        self.started_step = step
+        signals.beat("save")
+        if self.world.is_main:
+            with _noted(save):
+                shutil.rmtree(beside, ignore_errors=True)
+                (beside / "engine").mkdir(parents=True)
+        barrier()
+        self.engine.save_checkpoint(str(beside), tag="engine", save_latest=False)
+        self.save(_random_state(), str(beside / f"rank-{self.world.rank}.pt"))
+        if save.copies:
+            save.thread = threading.Thread(target=_write_copies, args=(save,), name="checkpoint", daemon=True)
+            save.thread.start()
+        save.blocked = time.perf_counter() - start
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """One file of the open save: copied, to be written beside the next steps, if memory allows; else written."""
+        save = self._save
+        assert save is not None
+        if self.settings.in_background:
+            size = _nbytes(state_dict)
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            if size * ranks_here + SPARE_MEMORY < available_memory():
+                save.copies.append((Path(path), _copied(state_dict, {})))
+                return
+        with _noted(save):
+            _write(Path(path), state_dict, save)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """`start` makes the one folder: DeepSpeed would raise on one rank, and the others would wait for it."""
+
+    def finish(self, must: bool = False) -> Saved | None:
+        """Waits until every rank has written, and makes the open save a checkpoint. A collective.
+
+        Raises:
+            SaveFailed: it is the third in a row that cannot be written, or the first where it `must`.
+        """
+        save = self._save
+        if save is None:
+            return None
+        start = time.perf_counter()
+        if save.thread is not None:
+            save.thread.join()
+        save.copies.clear()
+        found = gather_objects((save.written, save.problem), self.world)
+        problem = next((problem for _, problem in found if problem is not None), None)
+        if problem is None and self.world.is_main:
+            with _noted(save):
+                self._commit(save, {name: entry for written, _ in found for name, entry in written.items()})
+        problem = problem or gather_objects(save.problem, self.world)[0]
+        self._save = None
+        now = time.perf_counter()
+        if problem is None:
+            self.failures, self.saved_step = 0, save.step
         else:
-            found = (None, problems)
-    return gather_objects(found, world)[0]  # type: ignore[no-any-return]
+            self.failures += 1
+            if self.world.is_main:
+                shutil.rmtree(save.beside, ignore_errors=True)
+            if must or self.failures == FAILURES:
+                raise SaveFailed(
+                    f"the checkpoint of step {save.step} cannot be written: {problem}"
+                    + ("" if must else f" (so could not the {FAILURES - 1} before it)")
+                    + "; those that stand in the folder are whole"
+                )
+        return Saved(save.step, save.blocked + now - start, now - save.started, problem)
+
+    def _commit(self, save: _Save, files: dict[str, dict[str, Any]]) -> None:
+        """The main rank's: everything is synced before the rename, and the rename after it."""
+        beside, final = save.beside, checkpoint_path(self.folder, save.step)
+        files["state.json"] = _write_bytes(beside / "state.json", save.state.encode())
+        layout = {"world_size": self.world.world_size, "threads": torch.get_num_threads()}
+        manifest = {"run": self.run_id, "step": save.step, **layout}
+        _write_bytes(beside / MANIFEST, _sealed({**manifest, "files": dict(sorted(files.items()))}).encode())
+        for path in (beside / "engine", beside):
+            _sync(path)
+        if final.exists():  # a damaged one, or it would have been gone on from
+            (final / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(final)
+        beside.rename(final)
+        _sync(self.folder)
+        prune(self.folder, self.settings.save_total_limit, save.step, save.best_step)
 
 
-def load(engine: Any, path: Path, world: World) -> dict[str, Any]:
-    """Restores a verified checkpoint into the engine and the random generators; returns its state."""
-    engine.load_checkpoint(str(path), tag="engine")
-    _restore_random_state(torch.load(path / f"rank-{world.rank}.pt", weights_only=True))
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+@contextlib.contextmanager
+def _noted(save: _Save) -> Any:
+    """A full disk, or one that fails, must not end training, least of all on one rank alone."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause: BaseException = error  # torch's writer raises a RuntimeError of its own over the file's OSError
+        while not isinstance(cause, OSError) and cause.__context__ is not None:
+            cause = cause.__context__
+        text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).partition("\n")[0]
+        save.problem = save.problem or text
 
 
-def load_weights(engine: Any, path: Path) -> None:
-    """For evaluating the best checkpoint at the end. All of it: ZeRO-3's weights stand in the optimizer's shards."""
-    engine.load_checkpoint(str(path), tag="engine")
+def _write_copies(save: _Save) -> None:
+    with _noted(save):
+        while save.copies:
+            _write(*save.copies.pop(0), save)
 
 
-def is_good(path: Path, world: World) -> bool:
-    """Whether a checkpoint is there and whole; a collective. The main rank verifies for all."""
-    good = False
-    if world.is_main:
-        with contextlib.suppress(DamagedCheckpoint):
-            verify(path)
-            good = True
-    return bool(gather_objects(good, world)[0])
+class _Hashed:
+    """A file that is hashed while it is written."""
+
+    def __init__(self, file: Any, in_background: bool) -> None:
+        self.file, self.sha256, self.bytes, self.in_background = file, hashlib.sha256(), 0, in_background
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.bytes += memoryview(data).nbytes
+        if not self.in_background:
+            signals.beat("save")
+        self.file.write(data)
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write(path: Path, state: Any, save: _Save) -> None:
+    with path.open("wb") as raw:
+        file = _Hashed(raw, save.thread is not None)
+        torch.save(state, file)  # type: ignore[arg-type]
+        raw.flush()
+        os.fsync(raw.fileno())
+    save.written[str(path.relative_to(save.beside))] = {"bytes": file.bytes, "sha256": file.sha256.hexdigest()}
+
+
+def _write_bytes(path: Path, content: bytes) -> dict[str, Any]:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _nbytes(state: Any) -> int:
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, dict):
+        return sum(_nbytes(value) for value in state.values())
+    return sum(_nbytes(value) for value in state) if isinstance(state, list | tuple) else 0
+
+
+def _copied(state: Any, seen: dict[tuple[Any, ...], torch.Tensor]) -> Any:
+    """The state with its tensors copied to the CPU; one that stands there twice, as tied weights do, once."""
+    if isinstance(state, torch.Tensor):
+        key = (state.device, state.data_ptr(), state.dtype, state.shape, state.stride())
+        if state.numel() == 0 or key not in seen:
+            seen[key] = state.detach().to("cpu", copy=True)
+        return seen[key]
+    if isinstance(state, dict):
+        copied = copy.copy(state)
+        copied.update((key, _copied(value, seen)) for key, value in state.items())
+        return copied
+    if type(state) in (list, tuple):
+        return type(state)(_copied(value, seen) for value in state)
+    return state
 
 
 def prune(folder: Path, keep_last: int, step: int, best_step: int | None) -> None:
@@ -142,9 +295,108 @@ def prune(folder: Path, keep_last: int, step: int, best_step: int | None) -> Non
             shutil.rmtree(path, ignore_errors=True)
 
 
+# ---------------------------------------------------------------- the manifest
+
+
+def _sealed(manifest: dict[str, Any]) -> str:
+    """With a hash of itself, so that damage to the manifest is seen as well."""
+    text = json.dumps(manifest, indent=1)
+    return json.dumps({**manifest, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Raises DamagedCheckpoint where it is not as it was written."""
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        seal = manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path.name}: {MANIFEST} cannot be read: {error}") from None
+    if _sealed(manifest) != text:
+        raise DamagedCheckpoint(f"{path.name}: {MANIFEST} is damaged, {str(seal)[:8]} is not its hash")
+    if manifest["step"] != step_of(path):
+        raise DamagedCheckpoint(f"{path.name}: its manifest is of step {manifest['step']}")
+    return manifest  # type: ignore[no-any-return]
+
+
+def verify(path: Path, run_id: str, part: int = 0, parts: int = 1) -> None:
+    """Raises DamagedCheckpoint for one of another run, or a file that is missing, too many, another user's or changed.
+
+    Of `parts` verifiers that share the hashing, this is number `part`.
+    """
+    if path.is_symlink() or not path.is_dir():
+        raise DamagedCheckpoint(f"{path.name}: is not there")
+    manifest = read_manifest(path)
+    if manifest["run"] != run_id:
+        raise DamagedCheckpoint(f"{path.name}: is of another run ({manifest['run']})")
+    there = {str(file.relative_to(path)): file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
+    for file in (path, *there.values()):  # DeepSpeed's loader unpickles
+        if file.lstat().st_uid != os.getuid():
+            raise DamagedCheckpoint(f"{path.name}: {file.name} belongs to another user and is not opened")
+    for name in sorted(there.keys() - {MANIFEST} - manifest["files"].keys()):
+        raise DamagedCheckpoint(f"{path.name}: {name} is not in its manifest")
+    for name, expected in list(manifest["files"].items())[part::parts]:
+        if name not in there or there[name].is_symlink():
+            raise DamagedCheckpoint(f"{path.name}: {name} is missing")
+        if there[name].stat().st_size != expected["bytes"] or _sha256(there[name]) != expected["sha256"]:
+            raise DamagedCheckpoint(f"{path.name}: {name} is damaged")
+
+
+def problem_of(path: Path, run: runs.Run, world: World) -> str | None:
+    """What is wrong with a checkpoint, on every rank alike; a collective that shares the hashing."""
+    problem = None
+    try:
+        verify(path, run.info()["id"], world.rank, world.world_size)
+    except (DamagedCheckpoint, OSError) as damage:
+        problem = str(damage)
+    return next((found for found in gather_objects(problem, world) if found is not None), None)
+
+
+def newest_good(run: runs.Run, world: World) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and a line for each newer one that is damaged or half written. A collective."""
+    listed = [str(path) for path in complete_checkpoints(run.checkpoints)]
+    halves = sorted(path.name.strip(".").removesuffix(".part") for path in run.checkpoints.glob(".step-*.part"))
+    listed, halves = gather_objects((listed, halves), world)[0]
+    problems = list[str]()
+    for path in map(Path, listed):
+        problem = problem_of(path, run, world)
+        if problem is None:
+            halves = [name for name in halves if name > path.name]
+            return path, [f"{name}: was being written when the run ended" for name in halves] + problems
+        problems.append(problem)
+    return None, [f"{name}: was being written when the run ended" for name in halves] + problems
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load(engine: Any, path: Path, world: World) -> dict[str, Any]:
+    """Restores a verified checkpoint into the engine and the random generators; returns its state.
+
+    Raises:
+        ValueError: it is of another number of ranks or threads, which would give other numbers.
+    """
+    manifest = read_manifest(path)
+    for name, value in (("world_size", world.world_size), ("threads", torch.get_num_threads())):
+        if manifest[name] != value:
+            raise ValueError(f"{path}: is of {name} {manifest[name]}, and this is {value}")
+    engine.load_checkpoint(str(path), tag="engine")
+    _restore_random_state(torch.load(path / f"rank-{world.rank}.pt", weights_only=True))
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def load_weights(engine: Any, path: Path) -> None:
+    """For evaluating the best checkpoint at the end. All of it: ZeRO-3's weights stand in the optimizer's shards."""
+    engine.load_checkpoint(str(path), tag="engine")
+
+
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+            signals.beat("verify")
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

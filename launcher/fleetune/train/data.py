@@ -26,7 +26,7 @@ from fleetune.schema import Recipe, RecipeError, Source
 from fleetune.train.cleaning import Rows, clean
 from fleetune.train.sources import DataError, Ints, Table, load_hub, no_column, open_source
 
-CACHE_FORMAT = 2  # raise it when the arrays or the cleaning change
+CACHE_FORMAT = 3  # raise it when the arrays or the cleaning change
 SPLITS = ("train", "validation", "test")
 PIECE = 1000  # rows that are tokenised at once: what the tokenizer holds of them goes with their full, uncut length
 
@@ -324,7 +324,17 @@ def _build(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
     if names and min(report["labels"]["train"]) == 0:
         missing = [name for name, count in zip(names, report["labels"]["train"], strict=True) if count == 0]
         report["warning"] = f"no training row has the label {', '.join(missing[:10])}"
+    report["content"] = _content(folder)
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def _content(folder: Path) -> str:
+    """A hash of all arrays: what a run that goes on must find as it was."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.npy")):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(bytes.fromhex(_file_hash(str(path), path.parent.name)))
+    return digest.hexdigest()[:32]
 
 
 def _split_off(train: Rows, fraction: float, seed: int) -> dict[str, Rows]:

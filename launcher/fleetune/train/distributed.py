@@ -51,6 +51,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def any_rank(flags: list[bool], world: World) -> list[bool]:
+    """Each flag as it is on at least one rank: what all ranks agree on at a step's boundary."""
+    if world.world_size == 1:
+        return flags
+    raised = torch.tensor(flags, dtype=torch.int32, device=world.device)
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in raised.tolist()]
+
+
 def gather_objects(value: Any, world: World) -> list[Any]:
     """Every rank's value on every rank, in rank order."""
     if world.world_size == 1:

@@ -10,19 +10,27 @@ import numpy.typing as npt
 import torch
 
 from fleetune.schema import Recipe, metrics_of
+from fleetune.train import signals
 from fleetune.train.batches import collate, evaluation_batches
 from fleetune.train.data import Split
-from fleetune.train.distributed import World, gather_objects
+from fleetune.train.distributed import World, any_rank, gather_objects
 
 Floats = npt.NDArray[np.float64]
 Forward = Callable[[dict[str, torch.Tensor]], torch.Tensor]  # inputs -> logits (B, C)
 
 
 def predict(forward: Forward, split: Split, batch_size: int, pad_token_id: int, world: World) -> Floats:
-    """Logits of every row of the split, in the split's order, on every rank.  -> (rows, C)"""
+    """Logits of every row of the split, in the split's order, on every rank.  -> (rows, C)
+
+    Raises:
+        Stopped: on every rank, when one of them is asked to stop.
+    """
     pieces: list[tuple[Any, npt.NDArray[np.float32]]] = []
     with torch.no_grad():
         for rows in evaluation_batches(split.lengths, batch_size, world.world_size, world.rank):
+            signals.beat("evaluation")
+            if any_rank([signals.stop_requested()], world)[0]:
+                raise signals.Stopped
             logits = forward(collate(split, rows, pad_token_id).to(world.device).inputs)
             if len(rows):  # a filler batch only keeps the collectives in step
                 pieces.append((rows, logits.float().cpu().numpy()))

@@ -10,7 +10,6 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
 import numpy as np
@@ -18,16 +17,18 @@ import torch
 
 from fleetune import runs
 from fleetune.schema import Batch, Recipe, cut_batch, total_steps
-from fleetune.train import checkpoint, distributed, engine, model_folder, tracking, zero
+from fleetune.train import checkpoint, distributed, engine, model_folder, signals, zero
 from fleetune.train.batches import Augmenter, MicroBatch, collate, compose_epoch, cut_window
 from fleetune.train.data import Prepared, prepare
 from fleetune.train.distributed import World
 from fleetune.train.evaluate import evaluate
 from fleetune.train.model import build_model, load_tokenizer
+from fleetune.train.notes import Notes, say, start_notes
 from fleetune.train.objectives import Term, build_penalties, build_terms
 from fleetune.train.optim import learning_rate
 from fleetune.train.progress import Progress
-from fleetune.train.speed import Meter, figures, peak_memory_mb, step_line
+from fleetune.train.sources import Ints
+from fleetune.train.speed import Meter, figures, peak_memory_mb
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -65,44 +66,70 @@ class Setup:
         return evaluate(self.forward, self.data.splits[split], self.recipe, self.tokenizer.pad_token_id, self.world)
 
 
-def train(run: runs.Run, world: World, logs: Path) -> None:
+def train(run: runs.Run, world: World, logs: Path) -> bool:
     """Trains RUN from where it stands to its end, and writes its model and eval.json.
+
+    Returns whether it is finished; if not, it was asked to stop, is saved, and goes on later.
 
     Raises:
         NonFiniteLoss: a loss, before the optimizer step, or a gradient; the last checkpoint is good either way.
+        SaveFailed: no checkpoint can be written any more.
         DataError, ModelError: what the recipe names is not there.
     """
-    setup = _set_up(run, world)
-    recipe, data, total = setup.recipe, setup.data, setup.total_steps
+    setup = set_up(run, world)
+    recipe, total = setup.recipe, setup.total_steps
     progress = _resume(setup)
-    first_step, meter = progress.step + 1, Meter(progress, setup.parameters, world)
-    told: str | None = None  # what the person knows of wandb
-    multiple = 8 if world.device.type == "cuda" else 1  # the widths that a GPU's matrix units like
-    log, feeder = _start_tracking(setup, progress) if world.is_main else (None, None)
+    saver = checkpoint.Saver(setup.engine, run, world, recipe.checkpoint, progress.step)
+    note = start_notes(run, recipe, total, progress, logs) if world.is_main else Notes()
+    meter = Meter(progress, setup.parameters, world)
+    batches, composed = list[Ints](), -1
 
-    while progress.step < total and not progress.stops_early(recipe):
-        # One epoch, from where it stands: the rows of each global batch, whatever the number of ranks.
-        batches = compose_epoch(
-            data.splits["train"].lengths,
-            setup.batch.global_batch_size,
-            recipe.training.seed,
-            progress.epoch,
-            recipe.training.group_by_length,
-        )
-        augment = _augmenter(setup, progress.epoch)
-        for rows in batches[progress.position :]:
-            # One optimizer step: this rank's micro-batches, forward and backward over all of them, update.
-            start = time.perf_counter()
-            with meter.part("data"):
-                window = [
-                    collate(data.splits["train"], piece, setup.tokenizer.pad_token_id, multiple, augment).to(
-                        world.device
-                    )
-                    for piece in cut_window(rows, setup.batch, world.rank)
-                ]
-            rate = learning_rate(recipe.training, progress.step, total)
-            engine.set_learning_rate(setup.engine, rate)
-            losses, examples, tokens = _forward_backward(setup, window, meter, progress.step + 1)
+    while True:
+        # The step's boundary: all ranks agree whether to stop, and whether a save in the background is written.
+        signals.beat("step")
+        stop, writing = distributed.any_rank([signals.stop_requested(), saver.is_writing], world)
+        if saver.is_open and not writing:
+            note.saved(saver.finish(), progress.step)
+        if stop:
+            break
+
+        # Evaluate every eval_steps or epoch, and at the end.
+        ends_epoch, last = progress.position == 0, progress.step >= total
+        if progress.evaluated_step < progress.step and _evaluates(setup, progress):
+            try:
+                metrics = setup.evaluate("validation")
+            except signals.Stopped:
+                continue
+            progress.judge(metrics, recipe)
+            note.evaluated(progress.step, metrics, progress.best_step == progress.step)
+
+        # Save with each evaluation that is the best, every save_steps or evaluation, and at the end.
+        last = last or progress.stops_early(recipe)
+        save_steps = recipe.checkpoint.save_steps or recipe.evaluation.eval_steps
+        is_best = progress.best_step == progress.step
+        if saver.started_step < progress.step and (is_best or _due(progress.step, save_steps, ends_epoch, last)):
+            note.saved(saver.finish(), progress.step)
+            saver.start(progress.step, asdict(progress), progress.best_step)
+            if last or not recipe.checkpoint.in_background:
+                note.saved(saver.finish(must=last), progress.step)
+            signals.beat("step")
+        if last:
+            break
+
+        # One epoch's global batches: the rows of each, whatever the number of ranks.
+        if composed != progress.epoch:
+            batches, composed = _compose(setup, progress.epoch), progress.epoch
+            augment = _augmenter(setup, progress.epoch)
+
+        # One optimizer step: this rank's micro-batches, forward and backward over all of them, update.
+        start = time.perf_counter()
+        rows = batches[progress.position]
+        with meter.part("data"):
+            window = read_window(setup, rows, augment)
+        rate = learning_rate(recipe.training, progress.step, total)
+        engine.set_learning_rate(setup.engine, rate)
+        try:
+            losses, examples, tokens = forward_backward(setup, window, meter, progress.step + 1)
             with meter.part("step"):
                 setup.engine.step()
             losses |= setup.engine.penalty_values
@@ -111,57 +138,40 @@ def train(run: runs.Run, world: World, logs: Path) -> None:
                 raise NonFiniteLoss(
                     f"step {progress.step + 1}: the gradient's norm is {grad_norm}; {_rows(window, world)}"
                 )
-            progress.step += 1
-            progress.position += 1
-            progress.examples += examples
-            progress.tokens += tokens
-            progress.train_seconds += time.perf_counter() - start
-            last, ends_epoch = progress.step == total, progress.position == len(batches)
+        except NonFiniteLoss:
+            saver.finish()  # the last checkpoint may still be on its way to the disk
+            raise
+        progress.count(rows, examples, tokens, time.perf_counter() - start)
+        epoch = progress.epoch + progress.position / len(batches)
+        if progress.position == len(batches):
+            progress.epoch, progress.position = progress.epoch + 1, 0
 
-            # Log: the JSONL first, from which wandb is fed.
-            if log is not None and (last or progress.step % recipe.training.logging_steps == 0):
-                values = {
-                    "train/loss": sum(losses.values()),
-                    **{f"train/{name}": loss for name, loss in losses.items()},
-                    "train/learning_rate": rate,
-                    "train/grad_norm": grad_norm,
-                    "train/epoch": progress.epoch + progress.position / len(batches),
-                    **meter.read(progress),
-                }
-                log.write(progress.step, values)
-                say(step_line(progress.step, total, values))
-                told = _tell(tracking.status(run.path), told) if feeder is not None else told
-            if ends_epoch:
-                progress.epoch, progress.position = progress.epoch + 1, 0
+        # Log: the JSONL first, from which wandb is fed.
+        if progress.step % recipe.training.logging_steps == 0 or _evaluates(setup, progress) or progress.step == total:
+            progress.logged_step = progress.step
+            values = {
+                "train/loss": sum(losses.values()),
+                **{f"train/{name}": loss for name, loss in losses.items()},
+                "train/learning_rate": rate,
+                "train/grad_norm": grad_norm,
+                "train/epoch": epoch,
+                "data/order": progress.order,
+                **meter.read(progress),
+            }
+            note.step(progress.step, values)
 
-            # Evaluate every eval_steps or epoch, and at the end.
-            if "validation" in data.splits and _due(progress.step, recipe.evaluation.eval_steps, ends_epoch, last):
-                metrics = setup.evaluate("validation")
-                progress.judge(metrics, recipe)
-                if log is not None:
-                    log.write(progress.step, {f"eval/{name}": value for name, value in metrics.items()})
-                    better = "  (best so far)" if progress.best_step == progress.step else ""
-                    say(f"eval  {progress.step}/{total}  {figures(metrics)}{better}")
-
-            # Save with each evaluation that is the best, every save_steps or evaluation, and at the end.
-            last = last or progress.stops_early(recipe)
-            save_steps = recipe.checkpoint.save_steps or recipe.evaluation.eval_steps
-            if progress.best_step == progress.step or _due(progress.step, save_steps, ends_epoch, last):
-                checkpoint.save(setup.engine, run.checkpoints, progress.step, asdict(progress), world)
-                if world.is_main:
-                    runs.write_json(logs / "steps.json", {"first": first_step, "last": progress.step})
-                    checkpoint.prune(
-                        run.checkpoints, recipe.checkpoint.save_total_limit, progress.step, progress.best_step
-                    )
-            if last or ends_epoch:
-                break
-
-    _finish(setup, progress)
-    if feeder is not None:
-        _tell(tracking.stop_feeder(feeder, run.path), told)
+    # Asked to stop: what is done since the last save is saved, and nothing of it is lost.
+    if stop:
+        note.saved(saver.finish(), progress.step)
+        if saver.saved_step < progress.step:
+            saver.start(progress.step, asdict(progress), progress.best_step)
+            note.saved(saver.finish(must=True), progress.step)
+    finished = not stop and _finish(setup, progress)
+    note.end(progress.step, finished)
+    return finished
 
 
-def _set_up(run: runs.Run, world: World) -> Setup:
+def set_up(run: runs.Run, world: World) -> Setup:
     recipe = run.recipe()
     batch = cut_batch(recipe.training, world.world_size)
     tokenizer = load_tokenizer(recipe)
@@ -190,11 +200,14 @@ def _set_up(run: runs.Run, world: World) -> Setup:
 
 def _resume(setup: Setup) -> Progress:
     """From the newest good checkpoint, or from the start."""
-    found, damaged = checkpoint.newest_good(setup.run.checkpoints, setup.world)
-    progress = Progress(**checkpoint.load(setup.engine, found, setup.world)) if found is not None else Progress()
+    found, damaged = checkpoint.newest_good(setup.run, setup.world)
+    state = checkpoint.load(setup.engine, found, setup.world) if found is not None else {}
+    progress = Progress(**state)
     if setup.world.is_main:
         for problem in damaged:
-            say(f"checkpoint {problem}; using the one before it")
+            say(f"checkpoint {problem}")
+        if damaged:
+            say(f"checkpoint {found.name} is used" if found else "no checkpoint is left that is whole: from the start")
         precision = "bf16" if setup.recipe.training.bf16 else "fp16" if setup.recipe.training.fp16 else "fp32"
         begin = f"resuming after step {progress.step}" if found else "training"
         say(
@@ -205,7 +218,29 @@ def _resume(setup: Setup) -> Progress:
     return progress
 
 
-def _forward_backward(
+def _compose(setup: Setup, epoch: int) -> list[Ints]:
+    training = setup.recipe.training
+    return compose_epoch(
+        setup.data.splits["train"].lengths,
+        setup.batch.global_batch_size,
+        training.seed,
+        epoch,
+        training.group_by_length,
+    )
+
+
+def read_window(setup: Setup, rows: Ints, augment: Augmenter | None) -> list[MicroBatch]:
+    """This rank's micro-batches of a global batch, on its device."""
+    multiple = 8 if setup.world.device.type == "cuda" else 1  # the widths that a GPU's matrix units like
+    return [
+        collate(setup.data.splits["train"], piece, setup.tokenizer.pad_token_id, multiple, augment).to(
+            setup.world.device
+        )
+        for piece in cut_window(rows, setup.batch, setup.world.rank)
+    ]
+
+
+def forward_backward(
     setup: Setup, window: list[MicroBatch], meter: Meter, step: int
 ) -> tuple[dict[str, float], int, int]:
     """Over one accumulation window: (each term's loss over all ranks, examples, tokens).
@@ -239,21 +274,24 @@ def _forward_backward(
     return losses, int(examples), int(tokens)
 
 
-def _finish(setup: Setup, progress: Progress) -> None:
-    """The best weights, the report on test, the model folder, eval.json."""
+def _finish(setup: Setup, progress: Progress) -> bool:
+    """The best weights, the report on test, the model folder, eval.json; False where it was asked to stop."""
     run, world = setup.run, setup.world
+    signals.beat("finish")
     if progress.best_step is not None and progress.best_step != progress.step:
         best = checkpoint.checkpoint_path(run.checkpoints, progress.best_step)
-        if checkpoint.is_good(best, world):
+        if checkpoint.problem_of(best, run, world) is None:
             checkpoint.load_weights(setup.engine, best)
         else:
             progress.best_step, progress.best_metrics = None, progress.last_metrics
             if world.is_main:
                 say(f"checkpoint {best.name}, the best one, is damaged or gone; the model is that of the last step")
-    metrics = {
-        "validation": progress.best_metrics or progress.last_metrics,
-        "test": setup.evaluate("test") if "test" in setup.data.splits else {},
-    }
+    try:
+        test = setup.evaluate("test") if "test" in setup.data.splits else {}
+    except signals.Stopped:
+        return False
+    signals.beat("finish")
+    metrics = {"validation": progress.best_metrics or progress.last_metrics, "test": test}
     state = zero.gathered_state_dict(setup.engine.module, world.is_main)
     if world.is_main:
         report = {
@@ -276,18 +314,7 @@ def _finish(setup: Setup, progress: Progress) -> None:
         runs.write_json(run.eval, report | defined)  # JSON knows no NaN
         say("done  " + "  ".join(f"{split}: {figures(values)}" for split, values in metrics.items() if values))
     distributed.barrier()
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _tell(line: str | None, told: str | None) -> str | None:
-    """Says a line that is new; returns the one last said."""
-    if line is None or line == told:
-        return told
-    say(line)
-    return line
+    return True
 
 
 def _rows(window: list[MicroBatch], world: World) -> str:
@@ -315,21 +342,8 @@ def _due(step: int, every: int | None, ends_epoch: bool, last: bool) -> bool:
     return last or (ends_epoch if every is None else step % every == 0)
 
 
-def _start_tracking(setup: Setup, progress: Progress) -> tuple[tracking.MetricsLog, Popen[bytes] | None]:
-    """The JSONL, and the process that feeds wandb from it."""
-    run, wandb = setup.run, setup.recipe.tracking.wandb
-    log = tracking.MetricsLog(run.metrics, resume_step=progress.step)
-    if wandb is None:
-        return log, None
-    feeder = tracking.start_feeder(
-        run.path,
-        project=wandb.project,
-        entity=wandb.entity,
-        mode=wandb.mode,
-        name=setup.recipe.name,
-        tags=wandb.tags,
-        config_path=run.recipe_file,
-        run_id=run.info()["id"],
-        log_path=run.path / "logs" / "wandb.log",
-    )
-    return log, feeder
+def _evaluates(setup: Setup, progress: Progress) -> bool:
+    """Whether this step is followed by an evaluation."""
+    last, ends_epoch = progress.step >= setup.total_steps, progress.position == 0
+    eval_steps = setup.recipe.evaluation.eval_steps
+    return "validation" in setup.data.splits and _due(progress.step, eval_steps, ends_epoch, last)

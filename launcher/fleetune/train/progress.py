@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from fleetune.schema import LOWER_IS_BETTER, Recipe, best_metric_of
 
@@ -18,10 +22,22 @@ class Progress:
     examples: int = 0
     tokens: int = 0  # without padding
     train_seconds: float = 0.0  # in steps alone: no evaluation, no saving
+    order: str = ""  # a hash of all rows so far, in their order
+    logged_step: int = 0
+    evaluated_step: int = 0
     best_step: int | None = None
     best_metrics: dict[str, float] = field(default_factory=dict)
     last_metrics: dict[str, float] = field(default_factory=dict)
     evaluations_without_better: int = 0
+
+    def count(self, rows: npt.NDArray[np.int64], examples: int, tokens: int, seconds: float) -> None:
+        """Takes one optimizer step over these rows of the training data into account."""
+        self.step += 1
+        self.position += 1
+        self.examples += examples
+        self.tokens += tokens
+        self.train_seconds += seconds
+        self.order = hashlib.blake2b(self.order.encode() + rows.tobytes(), digest_size=8).hexdigest()
 
     def judge(self, metrics: dict[str, float], recipe: Recipe) -> None:
         """Takes an evaluation at this step into account, by the recipe's metric."""
@@ -29,7 +45,7 @@ class Progress:
         sign = -1.0 if name in LOWER_IS_BETTER else 1.0
         best = self.best_metrics.get(name)
         gain = math.inf if best is None else sign * (metrics[name] - best)
-        self.last_metrics = metrics
+        self.last_metrics, self.evaluated_step = metrics, self.step
         if math.isfinite(metrics[name]) and gain > recipe.evaluation.early_stopping_threshold:
             self.best_step, self.best_metrics, self.evaluations_without_better = self.step, metrics, 0
         else:

@@ -7,7 +7,9 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import torch
 
 from fleetune.train.distributed import World
@@ -76,6 +78,18 @@ def peak_memory_mb(world: World) -> float:
         return torch.cuda.max_memory_allocated(world.device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def available_memory() -> int:
+    """Bytes that this machine, and the cgroup this process runs in, can still give."""
+    available = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        group = Path("/proc/self/cgroup").read_text(encoding="ascii").split("0::/")[1].split("\n")[0]
+        for folder in (path := Path("/sys/fs/cgroup") / group, *path.parents[: len(path.parents) - 3]):
+            limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+            if limit != "max":
+                available = min(available, int(limit) - int((folder / "memory.current").read_text(encoding="ascii")))
+    return available
 
 
 def step_line(step: int, total: int, values: dict[str, float]) -> str:

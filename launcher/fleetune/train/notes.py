@@ -1,0 +1,102 @@
+"""What the main rank tells while it trains: metrics.jsonl first, then the person, and wandb from the file."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+from fleetune import runs
+from fleetune.schema import Recipe
+from fleetune.train import tracking
+from fleetune.train.checkpoint import Saved
+from fleetune.train.progress import Progress
+from fleetune.train.speed import figures, step_line
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+@dataclass
+class _Books:
+    run: runs.Run
+    total_steps: int
+    log: tracking.MetricsLog
+    feeder: Popen[bytes] | None
+    steps: Path  # first and last step of this attempt
+    first_step: int
+    told: str | None = None  # what the person knows of wandb
+
+
+@dataclass
+class Notes:
+    """The main rank's; another rank's has no books and tells nothing."""
+
+    books: _Books | None = None
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        if self.books is None:
+            return
+        self.books.log.write(step, values)
+        say(step_line(step, self.books.total_steps, values))
+        if self.books.feeder is not None:
+            _tell(self.books, tracking.status(self.books.run.path))
+
+    def evaluated(self, step: int, metrics: dict[str, float], is_best: bool) -> None:
+        if self.books is None:
+            return
+        self.books.log.write(step, {f"eval/{name}": value for name, value in metrics.items()})
+        say(f"eval  {step}/{self.books.total_steps}  {figures(metrics)}{'  (best so far)' if is_best else ''}")
+
+    def saved(self, saved: Saved | None, step: int) -> None:
+        """`step` is where training stands, which may be further than what was saved."""
+        if self.books is None or saved is None:
+            return
+        if saved.problem is not None:
+            say(
+                f"checkpoint of step {saved.step} could not be written: {saved.problem}; those before it are whole, "
+                "and training goes on until the next is due"
+            )
+            return
+        times = {"checkpoint/blocked_seconds": saved.blocked_seconds, "checkpoint/seconds": saved.seconds}
+        self.books.log.write(step, times)
+        with contextlib.suppress(OSError):  # a full disk; only attempts.jsonl lacks it
+            runs.write_json(self.books.steps, {"first": self.books.first_step, "last": saved.step})
+
+    def end(self, step: int, finished: bool) -> None:
+        if self.books is None:
+            return
+        if self.books.feeder is not None:
+            _tell(self.books, tracking.stop_feeder(self.books.feeder, self.books.run.path))
+        self.books.log.close()
+        if not finished:
+            say(f"stopped after step {step}/{self.books.total_steps}; the same command goes on from there")
+
+
+def start_notes(run: runs.Run, recipe: Recipe, total_steps: int, progress: Progress, logs: Path) -> Notes:
+    """Opens the JSONL and starts the process that feeds wandb from it."""
+    wandb, feeder = recipe.tracking.wandb, None
+    log = tracking.MetricsLog(run.metrics, resume_step=progress.step)
+    if wandb is not None:
+        feeder = tracking.start_feeder(
+            run.path,
+            project=wandb.project,
+            entity=wandb.entity,
+            mode=wandb.mode,
+            name=recipe.name,
+            tags=wandb.tags,
+            config_path=run.recipe_file,
+            run_id=run.info()["id"],
+            log_path=run.path / "logs" / "wandb.log",
+        )
+    return Notes(_Books(run, total_steps, log, feeder, logs / "steps.json", progress.step + 1))
+
+
+def _tell(books: _Books, line: str | None) -> None:
+    """Says a line about wandb once."""
+    if line is not None and line != books.told:
+        books.told = line
+        say(line)
