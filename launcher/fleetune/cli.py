@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fleetune.cluster.local import Layout, Outcome, Stop
     from fleetune.schema import Recipe
 
@@ -204,7 +206,6 @@ def evaluate(
     import json
     import subprocess
 
-    from rich.console import Console
     from rich.table import Table
 
     from fleetune.cluster import local
@@ -220,7 +221,7 @@ def evaluate(
     for name in report["metrics"]:
         table.add_column(name, justify="right")
     table.add_row(*(f"{value:.4f}" for value in report["metrics"].values()))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    _print_table(table, 120)
 
 
 @app.command()
@@ -229,9 +230,14 @@ def compare(folders: Annotated[list[Path], typer.Argument(metavar="RUN...", show
     _print_comparison(folders)
 
 
-def _print_comparison(folders: list[Path]) -> None:
+def _print_table(table: Table, width: int = 200) -> None:
+    """As wide as the terminal; of a fixed width elsewhere."""
     from rich.console import Console
 
+    Console(width=None if sys.stdout.isatty() else width).print(table)
+
+
+def _print_comparison(folders: list[Path]) -> None:
     from fleetune import report
     from fleetune.schema import RecipeError
 
@@ -239,7 +245,42 @@ def _print_comparison(folders: list[Path]) -> None:
         table = report.comparison(folders)
     except RecipeError as error:
         _fail(str(error))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    _print_table(table)
+
+
+@app.command()
+def verify(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc_per_node: Nproc = None,
+    nodes: Nodes = 1,
+    steps: Annotated[int, typer.Option(min=2, help="Of each run.")] = 12,
+    kills: Annotated[int, typer.Option(min=1, help="By SIGKILL, at random moments.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of those moments.")] = 0,
+) -> None:
+    """Prove on this machine that a run which is killed, or cut otherwise, is the same run."""
+    import shutil
+    import tempfile
+
+    from fleetune import report
+    from fleetune.verify import verify
+
+    loaded = _load(recipe, overrides)
+    layout = _plan(nodes, nproc_per_node)
+    typer.echo("preparing the data")
+    loaded, prepared = _prepare(recipe, loaded, layout)
+    Path(loaded.output_dir).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{loaded.name}-verify-", dir=loaded.output_dir))
+    try:
+        findings = verify(
+            loaded, layout, prepared["dropout"], folder, steps=steps, kills=kills, seed=seed, say=typer.echo
+        )
+    except RuntimeError as error:
+        _fail(f"{error}\n  what is there stays in {folder}", 1)
+    _print_table(report.findings(findings))
+    if not all(finding.holds for finding in findings):
+        _fail(f"not the same run; what is there stays in {folder}", 1)
+    shutil.rmtree(folder)
 
 
 @app.command()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from fleetune import runs
 from fleetune.schema import RecipeError
+
+if TYPE_CHECKING:
+    from fleetune.verify import Finding
 
 
 def _with_baselines(folders: list[Path]) -> list[runs.Run]:
@@ -55,4 +58,12 @@ def comparison(folders: list[Path]) -> Table:
         table.add_column(escape(cells["run"]), justify="right", overflow="fold")
     for name in dict.fromkeys(name for cells in columns for name in cells if name != "run"):
         table.add_row(name, *(escape(cells.get(name, "")) for cells in columns))
+    return table
+
+
+def findings(found: list[Finding]) -> Table:
+    """What `fleetune verify` found."""
+    table = Table("what was done", "found", "holds")
+    for finding in found:
+        table.add_row(escape(finding.what), escape(finding.found), "yes" if finding.holds else "NO")
     return table

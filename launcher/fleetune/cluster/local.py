@@ -207,7 +207,8 @@ def run_recipe(
         attempt, start = runs.start_attempt(run, nodes), time.monotonic()
         code, reason = runs.FAILED, "interrupted"
         try:
-            ranks = _Ranks(run, layout, run.logs(attempt), watch, Path(beats))
+            program = ["fleetune.train", str(run.path)]
+            ranks = _Ranks(run, layout, run.logs(attempt), watch, Path(beats), program)
             code, reason = ranks.wait(lease.beat, stop, recipe.training.hang_timeout)
         except KeyboardInterrupt:
             code, reason = 128 + signal.SIGINT, "stopped at once; what came after the last checkpoint is lost"
@@ -216,6 +217,15 @@ def run_recipe(
         finally:
             runs.end_attempt(run, attempt, code, reason, nodes, time.monotonic() - start)
     return Outcome(run, code, reason)
+
+
+def run_program(run: runs.Run, layout: Layout, program: list[str]) -> tuple[int, str]:
+    """Another of train/'s programs on the ranks of a layout: (exit code, reason)."""
+    logs = run.logs(1)
+    logs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fleetune-beats-") as beats:
+        ranks = _Ranks(run, layout, logs, lambda line: None, Path(beats), program)
+        return ranks.wait(lambda: None, Stop(), None)
 
 
 @dataclass
@@ -227,6 +237,7 @@ class _Ranks:
     logs: Path
     watch: Callable[[str], None]
     beats: Path
+    program: list[str]
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -252,7 +263,7 @@ class _Ranks:
             with self.log(rank).open("a") as log:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "fleetune.train", str(self.run.path)],
+                        [sys.executable, "-m", *self.program],
                         env=environment,
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.PIPE if rank == 0 else log,
@@ -322,7 +333,7 @@ class _Ranks:
         lines = where_each_is(left, {rank: self.log(rank) for rank in left})
         doing = "starting" if silence.phase == "start" else f"in its {silence.phase}"
         reason = (
-            f"rank {silence.rank} hangs {doing}: no sign of it for {silence.seconds:.0f} s, "
+            f"the ranks hang {doing}: no sign of rank {silence.rank} for {silence.seconds:.0f} s, "
             f"and {silence.limit:.0f} s is the most it may take"
         )
         return runs.FAILED, "\n  ".join([reason, *lines, f"stacks and logs: {self.logs}"])

@@ -70,7 +70,7 @@ class Beats:
 
 
 def where_each_is(pids: Mapping[int, int], logs: Mapping[int, Path], wait: float = 2.0) -> list[str]:
-    """Asks every rank for its stacks, which go to its log, and returns a line for each; one that is stopped is named."""
+    """Asks every rank for its stacks, which go to its log. Returns a line for each; one that is stopped is named."""
     stopped, before = set(), {}
     for rank, pid in pids.items():
         before[rank] = logs[rank].stat().st_size if logs[rank].exists() else 0

@@ -83,6 +83,9 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
         "parameters": parameters,
         "trainable_parameters": trainable,
         "has_fast_bf16": has_fast_bf16(),
+        "dropout": [
+            name for name, value in config.to_dict().items() if "drop" in name and isinstance(value, float) and value
+        ],
     }
 
 

@@ -1,0 +1,360 @@
+"""`fleetune verify`: proves on this machine and model that a run which is killed, or cut otherwise, is the same run.
+
+A short form of the recipe is run unbroken, then again and killed by SIGKILL at random moments, each time taken up
+again by the same command. Both must have the same losses, order of data and parameters, bit for bit. Then the gradient
+of one global batch is taken under several cuts into ranks and micro-batches. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from fleetune import runs
+from fleetune.cluster.local import Layout, run_program
+from fleetune.recipe import dump_recipe
+from fleetune.schema import Batch, Recipe, cut_batch
+
+# What a clock or the machine says, and no two runs have alike.
+MEASURED = re.compile(r"time/|checkpoint/|train/(samples_per_second|tokens_per_second|memory_mb|mfu)$")
+_STEP = re.compile(r"^step +(\d+)/")
+AT_START = 0.15  # of the kills come before the attempt's first step
+WHOM = ("one rank", "all ranks", "the launcher")
+
+
+@dataclass(frozen=True)
+class Kill:
+    moment: str
+    whom: str
+    in_save: bool  # a checkpoint was left half written
+
+
+@dataclass
+class Broken:
+    """A run that was killed again and again until it was done."""
+
+    path: Path
+    kills: list[Kill] = field(default_factory=list)
+
+
+def short_form(recipe: Recipe, name: str, folder: Path, steps: int, save_steps: int) -> Recipe:
+    """The recipe for so many steps, every one logged, with little evaluation and no tracking."""
+    validation = recipe.data.validation
+    if validation is not None:
+        validation = validation.model_copy(update={"limit": min(validation.limit or 64, 64)})
+    return recipe.model_copy(
+        update={
+            "name": name,
+            "output_dir": str(folder),
+            "training": recipe.training.model_copy(update={"max_steps": steps, "logging_steps": 1}),
+            "checkpoint": recipe.checkpoint.model_copy(update={"save_steps": save_steps}),
+            "tracking": recipe.tracking.model_copy(update={"wandb": None}),
+            "data": recipe.data.model_copy(update={"validation": validation, "test": None}),
+        }
+    )
+
+
+def start(recipe: Recipe, layout: Layout) -> subprocess.Popen[str]:
+    """The recipe by the command that a person would type."""
+    file = Path(recipe.output_dir) / f"{recipe.name}.yaml"
+    file.write_text(dump_recipe(recipe), encoding="utf-8")
+    command = [sys.executable, "-m", "fleetune.cli", "run", str(file)]
+    command += ["--nodes", str(layout.nodes), "--nproc-per-node", str(layout.nproc_per_node)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "OMP_NUM_THREADS": str(layout.threads)},
+    )
+
+
+def run_unbroken(recipe: Recipe, layout: Layout) -> tuple[Path, float, float]:
+    """The run's folder, the seconds until its first step was done, and those of a step with all that belongs to it.
+
+    Raises:
+        RuntimeError: it failed; with its output.
+    """
+    begun, moments, lines = time.monotonic(), list[float](), list[str]()
+    process = start(recipe, layout)
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if _STEP.match(line):
+            moments.append(time.monotonic())
+    if process.wait() != runs.DONE:
+        raise RuntimeError("".join(lines[-15:]))
+    return (
+        Path(recipe.output_dir) / recipe.name,
+        moments[0] - begun,
+        (moments[-1] - moments[0]) / max(1, len(moments) - 1),
+    )
+
+
+def run_broken(
+    recipe: Recipe,
+    layout: Layout,
+    kills: int,
+    steps: int,
+    seconds: tuple[float, float],
+    chance: random.Random,
+    say: Callable[[str], None],
+) -> Broken:
+    """Kills the run so often at random, of its steps and its starts, and lets it go on to its end.
+
+    Raises:
+        RuntimeError: an attempt that was not killed failed; with its output.
+    """
+    broken = Broken(Path(recipe.output_dir) / recipe.name)
+    targets = sorted(chance.choices(range(1, steps), k=kills))
+    while targets:
+        at_start = chance.random() < AT_START
+        target = 0 if at_start else targets[0]
+        delay = chance.uniform(0.0, seconds[0] if at_start else seconds[1])
+        whom = chance.choice(WHOM if layout.world_size > 1 else WHOM[1:])
+        kill = _kill_one_attempt(recipe, layout, target, delay, whom, chance)
+        if kill is None:
+            return broken  # it was done before the moment came
+        broken.kills.append(kill)
+        targets.pop(0)
+        say(f"kill {len(broken.kills)}/{kills}  {kill.whom}, {kill.moment}{', inside a save' if kill.in_save else ''}")
+    process = start(recipe, layout)
+    output, _ = process.communicate()
+    if process.returncode != runs.DONE:
+        raise RuntimeError("\n".join(output.splitlines()[-15:]))
+    return broken
+
+
+def _kill_one_attempt(
+    recipe: Recipe, layout: Layout, target: int, delay: float, whom: str, chance: random.Random
+) -> Kill | None:
+    """Kills an attempt `delay` seconds after its step `target`, or its start; None where it ended before."""
+    process = start(recipe, layout)
+    assert process.stdout is not None
+    lines = list[str]()
+    moment = f"{delay:.2f} s after its start"
+    for line in process.stdout if target else ():
+        lines.append(line)
+        step = _STEP.match(line)
+        if step and int(step[1]) >= target:
+            moment = f"{delay:.2f} s after step {step[1]}"
+            break
+    else:
+        if target:
+            if process.wait() != runs.DONE:
+                raise RuntimeError("".join(lines[-15:]))
+            return None
+    time.sleep(delay)
+    _kill(process.pid, whom, chance)
+    process.stdout.read()
+    if process.wait() == runs.DONE:
+        return None
+    checkpoints = Path(recipe.output_dir) / recipe.name / "checkpoints"
+    halves = [path for path in checkpoints.glob("*step-*") if not (path / "MANIFEST.json").exists()]
+    return Kill(moment, whom, bool(halves) or any(checkpoints.glob(".step-*.part")))
+
+
+def _kill(launcher: int, whom: str, chance: random.Random) -> None:
+    try:
+        children = psutil.Process(launcher).children()
+    except psutil.NoSuchProcess:
+        return
+    ranks = [child for child in children if "fleetune.train" in child.cmdline()]
+    chosen = [psutil.Process(launcher)] if whom == "the launcher" or not ranks else ranks
+    for process in [chance.choice(ranks)] if whom == "one rank" and ranks else chosen:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+
+
+# ---------------------------------------------------------------- what must be equal
+
+
+def exact_metrics(run: Path) -> dict[int, dict[str, Any]]:
+    """Each logged step's figures, without what a clock measured.
+
+    Raises:
+        ValueError: a step was logged twice.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    for line in runs.read_jsonl(run / "metrics.jsonl"):
+        values = {key: value for key, value in line.items() if key != "step" and not MEASURED.match(key)}
+        known = steps.setdefault(line["step"], {})
+        if known.keys() & values.keys():
+            raise ValueError(f"{run.name}: step {line['step']} was logged twice")
+        known.update(values)
+    return steps
+
+
+def same(unbroken: Path, broken: Path) -> dict[str, str]:
+    """For losses, order of data and parameters: `equal`, or what differs first."""
+    first, second = exact_metrics(unbroken), exact_metrics(broken)
+    found = {"losses": "equal", "data order": "equal", "parameters": "equal"}
+    if list(first) != list(second):
+        found["losses"] = f"steps {len(first)} against {len(second)}"
+    for step in [step for step in first if step in second]:
+        for key in first[step].keys() | second[step].keys():
+            one, other = first[step].get(key), second[step].get(key)
+            name = "data order" if key == "data/order" else "losses"
+            if one != other and found[name] == "equal":
+                found[name] = f"step {step}: {key} is {one} against {other}"
+    hashes = [hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).digest() for run in (unbroken, broken)]
+    if hashes[0] != hashes[1]:
+        found["parameters"] = "the models differ"
+    return found
+
+
+# ---------------------------------------------------------------- the gradient
+
+
+GRADIENT_BOUND = 1e-6  # of the whole gradient's norm, in fp32
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A global batch as one of the cuts has it, and the gradient's distance from that of the first cut."""
+
+    batch: Batch
+    error: float = 0.0  # of the whole gradient, to its norm
+    worst: float = 0.0  # of one tensor, to the whole gradient's norm
+    worst_name: str = ""
+
+
+def cuts_of(recipe: Recipe, layout: Layout) -> list[Batch]:
+    """One rank, the ranks asked for, and these with smaller micro-batches: all of the same global batch."""
+    batch = cut_batch(recipe.training, layout.world_size)
+    size, micro = batch.global_batch_size, batch.micro_batch_size
+    found = []
+    for ranks, most in (
+        (1, micro),
+        (1, max(1, micro // 4)),
+        (layout.world_size, micro),
+        (layout.world_size, micro // 2),
+    ):
+        if size % ranks == 0 and most:
+            training = recipe.training.model_copy(
+                update={
+                    "global_batch_size": size,
+                    "per_device_train_batch_size": most,
+                    "gradient_accumulation_steps": None,
+                }
+            )
+            found.append(cut_batch(training, ranks))
+    return list(dict.fromkeys(found))
+
+
+def compare_cuts(
+    recipe: Recipe, layout: Layout, dropout: list[str], folder: Path, say: Callable[[str], None]
+) -> list[Cut]:
+    """The gradient of the first global batch under each cut, in fp32 and without dropout.
+
+    Raises:
+        RuntimeError: one of them failed; with its reason.
+    """
+    reference: dict[str, np.ndarray[Any, Any]] = {}
+    cuts = []
+    for number, batch in enumerate(cuts_of(recipe, layout)):
+        training = recipe.training.model_copy(
+            update={
+                "global_batch_size": batch.global_batch_size,
+                "per_device_train_batch_size": batch.micro_batch_size,
+                "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+                "bf16": False,
+                "fp16": False,
+            }
+        )
+        model = recipe.model.model_copy(update={"config": {**recipe.model.config, **dict.fromkeys(dropout, 0.0)}})
+        cut_recipe = short_form(recipe, f"cut-{number}", folder, 1, 1)
+        cut_recipe = cut_recipe.model_copy(update={"training": training, "model": model})
+        place = Layout(1, batch.world_size, max(1, layout.threads * layout.world_size // batch.world_size))
+        run = runs.open_run(cut_recipe, place.stored())
+        file = run.path / "gradient.safetensors"
+        code, reason = run_program(run, place, ["fleetune.train.gradient", str(run.path), str(file)])
+        if code != runs.DONE:
+            raise RuntimeError(reason)
+        gradient = _load(file)
+        reference = reference or gradient
+        cuts.append(Cut(batch, *_distance(reference, gradient)))
+        say(f"cut as {batch}")
+    return cuts
+
+
+def _load(file: Path) -> dict[str, np.ndarray[Any, Any]]:
+    from safetensors.numpy import load_file
+
+    return dict(load_file(file))
+
+
+def _distance(one: dict[str, np.ndarray[Any, Any]], other: dict[str, np.ndarray[Any, Any]]) -> tuple[float, float, str]:
+    """(of the whole, of the worst tensor, its name), all to the norm of the whole of `one`."""
+    assert one.keys() == other.keys()
+    squares = {name: float(np.square(one[name].astype(np.float64) - other[name]).sum()) for name in one}
+    norm = float(np.sqrt(sum(np.square(value.astype(np.float64)).sum() for value in one.values())))
+    worst = max(squares, key=squares.__getitem__)
+    return float(np.sqrt(sum(squares.values()))) / norm, float(np.sqrt(squares[worst])) / norm, worst
+
+
+# ---------------------------------------------------------------- the whole
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    found: str
+    holds: bool
+
+
+def verify(
+    recipe: Recipe,
+    layout: Layout,
+    dropout: list[str],
+    folder: Path,
+    *,
+    steps: int,
+    kills: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> list[Finding]:
+    """Everything, in `folder`. Raises RuntimeError where a run fails that was not killed."""
+    say(f"a run of {steps} steps, unbroken")
+    unbroken, *seconds = run_unbroken(short_form(recipe, "unbroken", folder, steps, 2), layout)
+    say(f"the same run, killed {kills} times (seed {seed})")
+    broken = run_broken(
+        short_form(recipe, "broken", folder, steps, 2),
+        layout,
+        kills,
+        steps,
+        (seconds[0], seconds[1]),
+        random.Random(seed),
+        say,
+    )
+    times = f"killed {len(broken.kills)} times, {sum(kill.in_save for kill in broken.kills)} of them inside a save"
+    findings = [
+        Finding(f"{times}: {name}", found, found == "equal") for name, found in same(unbroken, broken.path).items()
+    ]
+    say("the gradient of one global batch, in fp32 without dropout")
+    first, *others = compare_cuts(recipe, layout, dropout, folder, say)
+    return findings + [
+        Finding(
+            f"cut as {cut.batch}, against {first.batch.world_size} x {first.batch.gradient_accumulation_steps} x "
+            f"{first.batch.micro_batch_size}: gradient",
+            f"{cut.error:.1e} of its norm; worst tensor {cut.worst:.1e}, {cut.worst_name}",
+            cut.error <= GRADIENT_BOUND and cut.worst <= GRADIENT_BOUND,
+        )
+        for cut in others
+    ]
