@@ -1,27 +1,23 @@
 """metrics.jsonl holds everything; Weights & Biases gets each step once; training waits for nothing and nobody."""
 
-import gzip
-import json
+import contextlib
 import math
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from wandb_server import KEY, Server, black_hole, refusing, serving, sync, wandb_environment
 
 from fleetune.train import tracking
 from fleetune.train.tracking import MetricsLog, read_metrics, start_feeder, status, stop_feeder
-
-KEY = "a" * 40
-
 
 # --- metrics.jsonl ---
 
@@ -127,9 +123,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         monkeypatch.delenv(name)
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
+    with refusing() as url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
         yield Run(tmp_path / "run")
 
 
@@ -164,10 +159,19 @@ def test_a_server_that_refuses_is_left_alone_at_once(run: Run, monkeypatch: pyte
     assert not [path for path in run.path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
-@pytest.mark.parametrize("mode", ["auto", "online"])
-def test_a_server_that_never_answers_is_given_up(run: Run, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as black_hole:
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{black_hole.getsockname()[1]}")
+@contextlib.contextmanager
+def unheard() -> Iterator[str]:
+    """Connects complete, and nothing follows."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        yield f"http://127.0.0.1:{silent.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(("mode", "address"), [("auto", black_hole), ("online", unheard)])
+def test_a_server_that_never_answers_is_given_up(
+    run: Run, monkeypatch: pytest.MonkeyPatch, mode: str, address: Callable[[], AbstractContextManager[str]]
+) -> None:
+    with address() as url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         run.write(1, 2)
         start = time.monotonic()
@@ -250,96 +254,12 @@ def test_the_signals_of_training_do_not_end_it(run: Run) -> None:
 # --- A server ---
 
 
-class Server(ThreadingHTTPServer):
-    """As much of Weights & Biases as a run needs: it keeps the history that it is sent."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.history: list[dict[str, Any]] = []
-        self.summary: dict[str, Any] = {}
-        self.answering = threading.Event()
-        self.answering.set()
-
-    def steps(self) -> list[int]:
-        return [row["_step"] for row in self.history]
-
-    def graphql(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
-        names = {"id": "b", "name": "abc", "displayName": "abc"}
-        project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
-        if operation == "UpsertBucket":
-            count = len(self.history)
-            bucket = names | {"project": project, "historyLineCount": count}
-            return {"upsertBucket": {"inserted": not count, "bucket": bucket}}
-        if operation == "RunResumeStatus":
-            counts = {f"{kind}LineCount": len(self.history) for kind in ("log", "history", "events")}
-            texts = (
-                {
-                    "summaryMetrics": json.dumps(self.summary),
-                    "historyTail": json.dumps([json.dumps(self.history[-1])]),
-                    "eventsTail": "[]",
-                    "config": "{}",
-                    "wandbConfig": '{"t": 1}',
-                    "tags": [],
-                }
-                if self.history
-                else {}
-            )
-            return {"model": project | {"bucket": names | counts | texts if self.history else None}}
-        if operation == "CreateRunFiles":
-            files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
-            return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
-        return {}
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.answering.wait()
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
-        reply: dict[str, Any] = {}
-        if self.path == "/graphql":
-            request = json.loads(body)
-            reply = {"data": self.server.graphql(request.get("operationName"), request["variables"])}
-        elif self.path.endswith("/file_stream"):
-            for name, part in json.loads(body).get("files", {}).items():
-                rows = [json.loads(row) for row in part["content"]]
-                if name == "wandb-history.jsonl":
-                    self.server.history[part["offset"] :] = rows
-                if name == "wandb-summary.json":
-                    self.server.summary = rows[-1]
-        content = json.dumps(reply).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_GET = do_PUT = do_POST
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def server(run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with serving() as server:
+        for name, value in wandb_environment(server.url, run.path.parent / "home").items():
+            monkeypatch.setenv(name, value)
         yield server
-        server.answering.set()
-        server.shutdown()
-
-
-def sync(run: Run) -> str:
-    """What the line tells the user to do."""
-    command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(run.path / "wandb")]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
 def test_online_the_server_has_every_step_and_the_summary(run: Run, server: Server) -> None:
@@ -353,7 +273,7 @@ def test_online_the_server_has_every_step_and_the_summary(run: Run, server: Serv
         (20, 10.0, 0.75),
     ]
     assert server.summary["eval/test/accuracy"] == 0.8
-    assert "No runs to sync" in sync(run)
+    assert "No runs to sync" in sync(run.path)
 
 
 def test_offline_attempts_are_one_run_once_they_are_sent(run: Run, server: Server) -> None:
@@ -362,41 +282,85 @@ def test_offline_attempts_are_one_run_once_they_are_sent(run: Run, server: Serve
     run.resume(10)
     run.write(20, 30, 40)  # two steps are computed again
     run.once("offline")
-    sync(run)
+    sync(run.path)
     assert server.steps() == [10, 20, 30, 40]
     assert [row["loss"] for row in server.history] == [5.0, 10.0, 15.0, 20.0]
 
 
+def send(run: Path) -> str:
+    """What the line tells the user to do once the run was online."""
+    command = [sys.executable, "-m", "fleetune.train.tracking", str(run)]
+    environment = os.environ | {"PYTHONPATH": "launcher"}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+
+def send_line(run: Run) -> str:
+    return f"send it later with: python -m fleetune.train.tracking {run.path}"
+
+
 def test_what_a_killed_attempt_did_not_send_the_next_one_does(run: Run, server: Server) -> None:
-    server.history = [{"_step": 10, "loss": 5.0}]
     run.write(10, 20)
     feeder = run.start()
-    wait_for(lambda: status(run.path))
+    wait_for(lambda: server.steps() == [10])
     server.answering.clear()
     run.write(30)
     os.killpg(feeder.pid, signal.SIGKILL)
     line = run.stop(feeder)
-    assert line is not None
-    assert "stopped before all was sent" in line
+    assert line == f"wandb: stopped before all was sent; {send_line(run)}"
     server.answering.set()
     run.write(40)
     run.once()
     assert server.steps() == [10, 20, 30, 40]
-    assert "No runs to sync" in sync(run)
+    assert "No runs to sync" in sync(run.path)
 
 
 def test_a_server_that_falls_silent_costs_seconds_and_no_step(run: Run, server: Server) -> None:
     feeder = run.start()
-    run.write(10, 20)
-    wait_for(lambda: status(run.path))
+    run.write(10, 20, 30)
+    wait_for(lambda: server.steps() == [10, 20])
     server.answering.clear()
-    run.write(30, 40)
+    run.write(40)
     start = time.monotonic()
     line = run.stop(feeder, timeout=8.0)
-    assert time.monotonic() - start < 9
-    assert line is not None
-    assert line.endswith(f"send it later with: wandb sync --include-online {run.path}/wandb")
-    assert run.logged() == [10, 20, 30, 40]
+    assert time.monotonic() - start < 7.5  # it gives up by itself
+    assert line == f"wandb: {server.url}/e/p/runs/abc; not everything was sent, {send_line(run)}"
     server.answering.set()
-    sync(run)
-    assert server.steps()[-4:] == [10, 20, 30, 40]
+    assert "No runs to sync" in sync(run.path)  # it would send again what the server has
+    assert send(run.path) == f"wandb: {server.url}/e/p/runs/abc\n"
+    assert [(row["_step"], row["loss"]) for row in server.history] == [(10, 5.0), (20, 10.0), (30, 15.0), (40, 20.0)]
+    send(run.path)
+    assert server.steps() == [10, 20, 30, 40]
+
+
+def test_steps_are_sent_once_through_every_kind_of_interruption(run: Run, server: Server) -> None:
+    """Online and killed; online and black-holed; offline; then what is left is sent."""
+    run.write(10, 20, 30)
+    feeder = run.start()
+    wait_for(lambda: server.steps() == [10, 20])
+    os.killpg(feeder.pid, signal.SIGKILL)
+    feeder.wait()
+    run.resume(20)
+    feeder = run.start()
+    run.write(30, 40, 50)
+    wait_for(lambda: server.steps() == [10, 20, 30, 40])
+    server.answering.clear()
+    run.write(60)
+    run.stop(feeder, timeout=8.0)
+    run.resume(50)
+    run.write(60, 70)
+    assert run.once("offline") == f"wandb: offline (as chosen); {send_line(run)}"
+    server.answering.set()
+    assert "No runs to sync" in sync(run.path)
+    send(run.path)
+    assert server.steps() == [10, 20, 30, 40, 50, 60, 70]
+
+
+def test_what_cannot_be_sent_says_why(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.write(10, 20)
+    run.once("offline")
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        send(run.path)
+    assert failed.value.stderr.splitlines()[-1].startswith("wandb: not sent: ")
+    assert "Traceback" not in failed.value.stderr
+    assert run.logged() == [10, 20]

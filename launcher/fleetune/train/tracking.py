@@ -12,6 +12,10 @@ logs each step to wandb once. Training never imports wandb, never waits for it, 
 Where the feeder goes on after an interruption is asked of whoever holds the steps. Online that is the server: it is
 given everything after the last step that it has. Offline it is the logs in RUN/wandb, read back; `wandb sync`
 appends logs to each other and renumbers a step it has seen before, so a step must stand in one of them alone.
+
+`wandb sync` appends a log to what the server has, too, from the log's first step on. Of a run that was once online the
+server has some steps, and only the server knows which: such a run's logs are marked as sent, so that `wandb sync`
+passes over them, and what is left goes by `python -m fleetune.train.tracking RUN`, which asks the server first.
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ Mode = Literal["auto", "online", "offline", "disabled"]
 
 FLUSH_SECONDS = 1.0  # wandb writes its log this often; it loses what is younger when it is killed
 FINISH_SECONDS = 5.0  # for the last upload; `stop_feeder` waits a little longer than this
+SEND_SECONDS = 600.0  # for the upload of all that is left, where somebody waits for it
 
 
 class MetricsLog:
@@ -115,6 +120,7 @@ def start_feeder(
     try:
         (run / "wandb").mkdir(exist_ok=True)
         (run / "wandb" / "status.txt").unlink(missing_ok=True)
+        runs.write_json(run / "wandb" / "feeder.json", options)  # for `send`
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             # In a session of its own: a Ctrl-C or the kill of our group must not take it before it has flushed.
@@ -159,10 +165,19 @@ def stop_feeder(process: subprocess.Popen[bytes], run: Path, timeout: float = 8.
 
 
 def send_later(run: Path) -> str:
-    """The folder and not one log of it: wandb then sends all that it has not sent yet, in their order."""
-    if not wandb_logs(run):
-        return f"nothing was recorded, {run / 'metrics.jsonl'} has it all"
+    if was_online(run) or not wandb_logs(run):
+        return f"send it later with: python -m fleetune.train.tracking {shlex.quote(str(run))}"
+    # The folder and not one log of it: wandb then sends all that it has not sent yet, in their order.
     return f"send it later with: wandb sync --include-online {shlex.quote(str(run / 'wandb'))}"
+
+
+def wandb_logs(run: Path) -> list[Path]:
+    return sorted(run.glob("wandb/*run-*/run-*.wandb"))
+
+
+def was_online(run: Path) -> bool:
+    """Whether the server may have steps of this run that wandb's own `sync` would send again."""
+    return (run / "wandb" / "online").exists()
 
 
 # --- The feeder's side ---
@@ -172,8 +187,11 @@ def set_status(run: Path, line: str) -> None:
     runs.write_text(run / "wandb" / "status.txt", line)
 
 
-def wandb_logs(run: Path) -> list[Path]:
-    return sorted(run.glob("wandb/*run-*/run-*.wandb"))
+def mark_sent(run: Path) -> None:
+    """As `wandb sync` does with a log that it has sent, and then passes over."""
+    for log in wandb_logs(run):
+        with contextlib.suppress(FileNotFoundError):  # removed since
+            log.with_suffix(".wandb.synced").touch()
 
 
 def logged_steps(path: Path) -> Iterator[int]:
@@ -246,12 +264,12 @@ def obstacle(timeout: float) -> str | None:
     return reasons[-1] or None
 
 
-def wandb_settings(init_timeout: float, refused: Callable[[], None]) -> Any:
+def wandb_settings(init_timeout: float, finish_timeout: float, refused: Callable[[], None]) -> Any:
     import wandb
 
     chosen = {
         "init_timeout": init_timeout,
-        "finish_timeout": FINISH_SECONDS,
+        "finish_timeout": finish_timeout,
         "finish_timeout_raises": True,
         "x_transaction_log_flush_interval": FLUSH_SECONDS,
         "stop_on_fatal_error": True,
@@ -280,13 +298,20 @@ def wandb_settings(init_timeout: float, refused: Callable[[], None]) -> Any:
 def open_run(run: Path, options: dict[str, Any], refused: Callable[[], None]) -> tuple[Any, int, str]:
     """Returns wandb's run, online if that can be, the first step to give it, and the line for the user.
 
-    `refused` is called if the server later takes no more, as for a key that was withdrawn.
+    `refused` is called if the server later takes no more, as for a key that was withdrawn. In the mode "send" nothing
+    is done offline: raises whatever wandb raises.
     """
     import wandb
 
+    with contextlib.suppress(ImportError, AttributeError):
+        # Reports of how wandb is used, and nobody asked for them. Where the server is silent they take 10 s to give up.
+        from wandb.analytics.opentelemetry import opentelemetry_proxy
+
+        opentelemetry_proxy.disable()
     with contextlib.suppress(Exception):
         wandb.teardown()  # what a first try has left
-    settings = wandb_settings(options["init_timeout"], refused)
+    sends = options["mode"] == "send"
+    settings = wandb_settings(options["init_timeout"], SEND_SECONDS if sends else FINISH_SECONDS, refused)
     config = yaml.safe_load(Path(options["config_path"]).read_text(encoding="utf-8"))
 
     def init(mode: Literal["online", "offline"]) -> Any:
@@ -299,15 +324,22 @@ def open_run(run: Path, options: dict[str, Any], refused: Callable[[], None]) ->
         logs = wandb_logs(run)
         try:
             online = init("online")
+            (run / "wandb" / "online").touch()
+            mark_sent(run)
             return online, online.starting_step, f"wandb: {online.url}"
         except Exception as error:
-            traceback.print_exc()
-            reason = str(error).partition("\n")[0]
             with contextlib.suppress(Exception):
                 wandb.teardown()
             for log in set(wandb_logs(run)) - set(logs):  # or the empty log would be sent with the others
                 shutil.rmtree(log.parent, ignore_errors=True)
-    return init("offline"), fed_step(run) + 1, f"wandb: offline ({reason}); {send_later(run)}"
+            if sends:
+                raise
+            traceback.print_exc()
+            reason = str(error).partition("\n")[0]
+    offline, first = init("offline"), fed_step(run) + 1
+    if was_online(run):
+        mark_sent(run)
+    return offline, first, f"wandb: offline ({reason}); {send_later(run)}"
 
 
 def follow(path: Path, ended: Callable[[], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -335,10 +367,17 @@ def flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
     return pairs
 
 
-def feed(run: Path, options: dict[str, Any], ended: Callable[[], bool], last_word: bytearray) -> None:
-    """Gives wandb every step that it does not have yet, until training ends. Raises whatever wandb raises."""
+def feed(run: Path, options: dict[str, Any], ended: Callable[[], bool], last_word: bytearray) -> bool:
+    """Gives wandb every step that it does not have yet, until training ends; whether it took them all.
+
+    Raises whatever wandb raises.
+    """
     refused = threading.Event()
-    wandb_run, first, line = open_run(run, options, refused.set)
+
+    def refuse() -> None:  # no bound method: wandb copies its settings deeply, and an event's lock cannot be copied
+        refused.set()
+
+    wandb_run, first, line = open_run(run, options, refuse)
     set_status(run, line)
     fed, settled, settled_at = first - 1, first - 1, time.monotonic()
     for step, values in follow(run / "metrics.jsonl", ended):
@@ -359,10 +398,17 @@ def feed(run: Path, options: dict[str, Any], ended: Callable[[], bool], last_wor
     runs.write_json(run / "wandb" / "fed.json", {"step": fed})
     if refused.is_set():
         set_status(run, f"{line}; not everything was sent, {send_later(run)}")
-    elif not wandb_run.offline:
-        # The server has all of it now, also what logs of earlier attempts hold: `wandb sync` must pass over them.
-        for log in wandb_logs(run):
-            log.with_suffix(".wandb.synced").touch()
+    return not refused.is_set()
+
+
+def send(run: Path) -> bool:
+    """Gives the server what it lacks of a run that is not being trained: `python -m fleetune.train.tracking RUN`."""
+    stored = runs.read_json(run / "wandb" / "feeder.json")
+    options = {**stored, "mode": "send", "config_path": str(run / "recipe.yaml")}  # the folder may have moved
+    last_word = bytearray(b"finish" if (run / "eval.json").exists() else b"")
+    with (run / "wandb" / "feeder.lock").open("w") as lock:
+        wait_for_lock(lock.fileno())
+        return feed(run, options, lambda: True, last_word)
 
 
 def wait_for_lock(file: int, seconds: float = 30.0) -> None:
@@ -379,27 +425,37 @@ def wait_for_lock(file: int, seconds: float = 30.0) -> None:
 
 
 def main() -> None:
-    run, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    run = Path(sys.argv[1])
+    if len(sys.argv) == 2:
+        try:
+            sent = send(run)
+        except Exception as error:
+            sys.exit(f"wandb: not sent: {error}")
+        print(status(run))
+        sys.exit(0 if sent else 1)
+    options = json.loads(sys.argv[2])
     # Training's own signals: a cluster sends them to every process of the job. The feeder ends with its parent.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     parent, last_word = os.getppid(), bytearray()
 
     def ended() -> bool:
-        if select.select([0], [], [], 0.5)[0]:
+        if not last_word and select.select([0], [], [], 0.5)[0]:
             last_word.extend(os.read(0, 16))
             return True
-        return os.getppid() != parent
+        return bool(last_word) or os.getppid() != parent
 
     try:
         with (run / "wandb" / "feeder.lock").open("w") as lock:
             wait_for_lock(lock.fileno())
             # Twice, because a SIGTERM to all ends wandb's service: what that had not written, the second one is given.
             try:
-                feed(run, options, ended, last_word)
+                done = feed(run, options, ended, last_word)
             except Exception:
                 traceback.print_exc()
-                feed(run, options, ended, last_word)
+                done = feed(run, options, ended, last_word)
+            if not done:
+                os._exit(0)  # wandb's own end would wait for the server again
     except Exception:
         set_status(run, f"wandb: stopped by an error; {run / 'metrics.jsonl'} has it all")
         raise

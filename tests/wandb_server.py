@@ -1,0 +1,156 @@
+"""A stand-in for Weights & Biases on loopback, and addresses on which nobody answers, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+KEY = "a" * 40  # of the form of an API key
+
+
+class Server(ThreadingHTTPServer):
+    """As much of Weights & Biases as a run needs: it keeps the history that it is sent.
+
+    A row stands at its offset, as in wandb's file stream: what is sent to the same offset again takes its place.
+    With `answering` cleared it takes connections and requests, never answers them, and keeps nothing: a black hole.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.history: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self.answering = threading.Event()
+        self.answering.set()
+
+    def steps(self) -> list[int]:
+        return [row["_step"] for row in self.history]
+
+    def graphql(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
+        names = {"id": "b", "name": "abc", "displayName": "abc"}
+        project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+        if operation == "UpsertBucket":
+            count = len(self.history)
+            bucket = names | {"project": project, "historyLineCount": count}
+            return {"upsertBucket": {"inserted": not count, "bucket": bucket}}
+        if operation == "RunResumeStatus":
+            counts = {f"{kind}LineCount": len(self.history) for kind in ("log", "history", "events")}
+            texts = (
+                {
+                    "summaryMetrics": json.dumps(self.summary),
+                    "historyTail": json.dumps([json.dumps(self.history[-1])]),
+                    "eventsTail": "[]",
+                    "config": "{}",
+                    "wandbConfig": '{"t": 1}',
+                    "tags": [],
+                }
+                if self.history
+                else {}
+            )
+            return {"model": project | {"bucket": names | counts | texts if self.history else None}}
+        if operation == "CreateRunFiles":
+            files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
+            return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+        return {}
+
+    def take(self, files: dict[str, Any]) -> None:
+        for name, part in files.items():
+            rows = [json.loads(row) for row in part["content"]]
+            if name == "wandb-history.jsonl":
+                self.history[part["offset"] : part["offset"] + len(rows)] = rows
+            if name == "wandb-summary.json":
+                self.summary = rows[-1]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if not self.server.answering.is_set():
+            self.server.answering.wait()
+            self.close_connection = True
+            return
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        reply: dict[str, Any] = {}
+        if self.path == "/graphql":
+            request = json.loads(body)
+            reply = {"data": self.server.graphql(request.get("operationName"), request["variables"])}
+        elif self.path.endswith("/file_stream"):
+            self.server.take(json.loads(body).get("files", {}))
+        content = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[Server]:
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.answering.set()
+            server.shutdown()
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[str]:
+    """An address that refuses: a port that is taken, so that nobody else listens on it, and that nobody listens on."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{unused.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def black_hole() -> Iterator[str]:
+    """An address on which connects never complete: a socket that accepts none, with its backlog full.
+
+    Linux then drops what asks for a connection, as a firewall does that says nothing.
+    """
+    with contextlib.ExitStack() as stack:
+        hole = stack.enter_context(socket.socket())
+        hole.bind(("127.0.0.1", 0))
+        hole.listen(0)
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(hole.getsockname())
+        yield f"http://127.0.0.1:{hole.getsockname()[1]}"
+
+
+def wandb_environment(url: str, home: Path) -> dict[str, str]:
+    """Variables for a run that knows this server alone, and sends every second instead of every 15."""
+    return {
+        "WANDB_BASE_URL": url,
+        "WANDB_API_KEY": KEY,
+        "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1",
+        "HOME": str(home),
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
+def sync(run: Path) -> str:
+    """What the feeder's line tells the user to do; returns what wandb says to it."""
+    command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(run / "wandb")]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stderr
