@@ -32,13 +32,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_readme_shows_every_command() -> None:
-    assert {arguments[0] for arguments in FLEETUNE} == {"run", "check", "eval", "compare", "schema"}
+    assert {arguments[0] for arguments in FLEETUNE} == {"run", "check", "verify", "eval", "compare", "schema"}
 
 
 @pytest.mark.parametrize("arguments", [a for a in FLEETUNE if not needs_hub(a)], ids=" ".join)
 def test_runs(folder: Path, arguments: list[str]) -> None:
     wrong = any("learning_rte" in argument for argument in arguments)
     shorter = SHORT if arguments[0] in ("run", "check") else []
+    if arguments[0] == "verify":
+        shorter = ["data.train.limit=200", "--steps", "3", "--kills", "1"]
     command = [sys.executable, "-m", "fleetune.cli", *arguments, *shorter]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == (2 if wrong else 0), done.stderr

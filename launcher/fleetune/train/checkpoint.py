@@ -115,12 +115,15 @@ class Saver(TorchCheckpointEngine):  # type: ignore[misc]
         """Whether this rank still writes."""
         return self._save is not None and self._save.thread is not None and self._save.thread.is_alive()
 
-    def start(self, step: int, state: dict[str, Any], best_step: int | None) -> None:
-        """Takes the state of the run at `step`. A collective; no other save may be open."""
+    def start(self, step: int, state: dict[str, Any], best_step: int | None, problem: str | None) -> None:
+        """Takes the state of the run at `step`. A collective; no other save may be open.
+
+        With a `problem` on one rank it is carried out on all of them, and is no checkpoint in the end.
+        """
         assert self._save is None
         start = time.perf_counter()
         beside = self.folder / f".step-{step:08d}.part"
-        save = self._save = _Save(step, best_step, json.dumps(state, indent=1), beside, start)
+        save = self._save = _Save(step, best_step, json.dumps(state, indent=1), beside, start, problem=problem)
         self.started_step = step
         signals.beat("save")
         if self.world.is_main:

@@ -109,7 +109,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
         is_best = progress.best_step == progress.step
         if saver.started_step < progress.step and (is_best or _due(progress.step, save_steps, ends_epoch, last)):
             note.saved(saver.finish(), progress.step)
-            saver.start(progress.step, asdict(progress), progress.best_step)
+            saver.start(progress.step, asdict(progress), progress.best_step, note.unwritten())
             if last or not recipe.checkpoint.in_background:
                 note.saved(saver.finish(must=last), progress.step)
             signals.beat("step")
@@ -164,7 +164,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
     if stop:
         note.saved(saver.finish(), progress.step)
         if saver.saved_step < progress.step:
-            saver.start(progress.step, asdict(progress), progress.best_step)
+            saver.start(progress.step, asdict(progress), progress.best_step, note.unwritten())
             note.saved(saver.finish(must=True), progress.step)
     finished = not stop and _finish(setup, progress)
     note.end(progress.step, finished)

@@ -51,6 +51,15 @@ class Notes:
         self.books.log.write(step, {f"eval/{name}": value for name, value in metrics.items()})
         say(f"eval  {step}/{self.books.total_steps}  {figures(metrics)}{'  (best so far)' if is_best else ''}")
 
+    def unwritten(self) -> str | None:
+        """Why what was logged is not on disk, if it is not: no checkpoint may be ahead of metrics.jsonl."""
+        try:
+            if self.books is not None:
+                self.books.log.sync()
+        except OSError as error:
+            return error.strerror or str(error)
+        return None
+
     def saved(self, saved: Saved | None, step: int) -> None:
         """`step` is where training stands, which may be further than what was saved."""
         if self.books is None or saved is None:
@@ -70,7 +79,7 @@ class Notes:
         if self.books is None:
             return
         if self.books.feeder is not None:
-            _tell(self.books, tracking.stop_feeder(self.books.feeder, self.books.run.path))
+            _tell(self.books, tracking.stop_feeder(self.books.feeder, self.books.run.path, finished=finished))
         self.books.log.close()
         if not finished:
             say(f"stopped after step {step}/{self.books.total_steps}; the same command goes on from there")

@@ -64,17 +64,33 @@ class MetricsLog:
             kept = [line for line in runs.read_jsonl(path) if line["step"] <= resume_step]
             runs.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._left = b""  # what a full disk has not taken yet
 
     def write(self, step: int, values: Mapping[str, float | int | str | None]) -> None:
         """Appends one line. A step may be written again with other keys; readers merge its lines.
 
-        A float that is not finite becomes null, as JSON has no NaN.
+        A float that is not finite becomes null, as JSON has no NaN. What a full disk does not take is written with the
+        next line, or by `flush`.
         """
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        # One write call, so that a kill leaves a whole line or none.
-        os.write(self._file, json.dumps({"step": step, **finite}, allow_nan=False).encode() + b"\n")
+        self._left += json.dumps({"step": step, **finite}, allow_nan=False).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            self.flush()
+
+    def flush(self) -> None:
+        """Raises OSError where the disk still does not take all."""
+        while self._left:
+            # One write call, so that a kill leaves a whole line or none.
+            self._left = self._left[os.write(self._file, self._left) :]
+
+    def sync(self) -> None:
+        """Raises OSError where the disk does not take all, or cannot be synced."""
+        self.flush()
+        os.fsync(self._file)
 
     def close(self) -> None:
+        """Raises OSError where the disk did not take all."""
+        self.flush()
         os.close(self._file)
 
 
@@ -145,12 +161,15 @@ def status(run: Path) -> str | None:
     return None
 
 
-def stop_feeder(process: subprocess.Popen[bytes], run: Path, timeout: float = 8.0) -> str | None:
-    """Lets the feeder finish, kills it after `timeout` seconds, and returns the last line for the user, if any."""
+def stop_feeder(process: subprocess.Popen[bytes], run: Path, timeout: float = 8.0, finished: bool = True) -> str | None:
+    """Lets the feeder finish the run, or this attempt of it, and kills it after `timeout` seconds.
+
+    Returns the last line for the user, if any.
+    """
     assert process.stdin is not None
     with contextlib.suppress(OSError):
         # A word and not the end of the file alone: data loader workers forked from us hold the pipe open too.
-        process.stdin.write(b"finish")
+        process.stdin.write(b"finish" if finished else b"stop")
         process.stdin.close()
     try:
         process.wait(timeout)
@@ -342,8 +361,13 @@ def open_run(run: Path, options: dict[str, Any], refused: Callable[[], None]) ->
     return offline, first, f"wandb: offline ({reason}); {send_later(run)}"
 
 
-def follow(path: Path, ended: Callable[[], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the steps of metrics.jsonl, each with its lines merged: once a later one begins, or at the end."""
+def follow(
+    path: Path, ended: Callable[[], bool], goes_on: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the steps of metrics.jsonl, each with its lines merged: once a later one begins, or at the end.
+
+    At the end of an attempt that goes on later, the last step is left to the next one, which may add to it.
+    """
     step, values, rest, last = -1, dict[str, Any](), b"", False
     with path.open("rb") as file:
         while not last:
@@ -356,7 +380,7 @@ def follow(path: Path, ended: Callable[[], bool]) -> Iterator[tuple[int, dict[st
                     values = {}
                 step = record.pop("step")
                 values |= {key: value for key, value in record.items() if value is not None}
-    if step >= 0:
+    if step >= 0 and not goes_on():
         yield step, values
 
 
@@ -380,10 +404,11 @@ def feed(run: Path, options: dict[str, Any], ended: Callable[[], bool], last_wor
     wandb_run, first, line = open_run(run, options, refuse)
     set_status(run, line)
     fed, settled, settled_at = first - 1, first - 1, time.monotonic()
-    for step, values in follow(run / "metrics.jsonl", ended):
+    for step, values in follow(run / "metrics.jsonl", ended, lambda: bytes(last_word) == b"stop"):
         if step < first:
             continue
-        wandb_run.log(values, step=step, commit=True)
+        numbers = {key: value for key, value in values.items() if not isinstance(value, str)}
+        wandb_run.log(numbers, step=step, commit=True)
         # fed.json must not run ahead of wandb's log on disk: it gets what was fed a few flushes ago.
         if time.monotonic() - settled_at > 5 * FLUSH_SECONDS:
             runs.write_json(run / "wandb" / "fed.json", {"step": settled})
@@ -392,7 +417,7 @@ def feed(run: Path, options: dict[str, Any], ended: Callable[[], bool], last_wor
     with contextlib.suppress(FileNotFoundError, ValueError):
         wandb_run.summary.update(flat(runs.read_json(run / "eval.json"), "eval"))
     try:
-        wandb_run.finish(exit_code=0 if last_word else 1)
+        wandb_run.finish(exit_code=0 if bytes(last_word) == b"finish" else 1)
     except TimeoutError:
         refused.set()
     runs.write_json(run / "wandb" / "fed.json", {"step": fed})
