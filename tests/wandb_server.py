@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import shlex
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -144,13 +145,37 @@ def wandb_environment(url: str, home: Path) -> dict[str, str]:
     return {
         "WANDB_BASE_URL": url,
         "WANDB_API_KEY": KEY,
+        "WANDB_CONFIG_DIR": str(home),
+        "WANDB_CACHE_DIR": str(home),
+        "WANDB_DATA_DIR": str(home),
         "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1",
-        "HOME": str(home),
         "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
     }
 
 
-def sync(run: Path) -> str:
-    """What the feeder's line tells the user to do; returns what wandb says to it."""
+def without_wandb(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what this user has set for wandb, and without proxies: they must not decide what is tried here."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith("WANDB_") and not name.lower().endswith("_proxy")
+    }
+
+
+def sync(run: Path, environment: Mapping[str, str] | None = None) -> str:
+    """`wandb sync`, as the feeder's line has it of a run that was never online; returns what wandb says to it."""
     command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(run / "wandb")]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stderr
+
+
+def send_as_told(output: str, environment: Mapping[str, str]) -> str | None:
+    """Does what the last "send it later with: ..." of a run's output tells; returns the command, None for none."""
+    _, found, rest = output.rpartition("send it later with: ")
+    if not found:
+        return None
+    told = rest.splitlines()[0]
+    program, *arguments = shlex.split(told)
+    module = ["-m", program] if program != "python" else []
+    subprocess.run([sys.executable, *module, *arguments], check=True, capture_output=True, env=environment)
+    return told

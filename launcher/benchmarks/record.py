@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "triton", "numpy")
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "triton", "numpy", "wandb")
 
 
 def machine() -> dict[str, Any]:
