@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from wandb_server import serving, wandb_environment
 
 from fleetune.cli import app
 from fleetune.recipe import load_recipe
@@ -32,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_readme_shows_every_command() -> None:
-    assert {arguments[0] for arguments in FLEETUNE} == {"run", "check", "verify", "eval", "compare", "schema"}
+    assert {arguments[0] for arguments in FLEETUNE} == {"run", "check", "verify", "eval", "compare", "sync", "schema"}
 
 
 @pytest.mark.parametrize("arguments", [a for a in FLEETUNE if not needs_hub(a)], ids=" ".join)
@@ -42,7 +44,11 @@ def test_runs(folder: Path, arguments: list[str]) -> None:
     if arguments[0] == "verify":
         shorter = ["data.train.limit=200", "--steps", "3", "--kills", "1"]
     command = [sys.executable, "-m", "fleetune.cli", *arguments, *shorter]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    with serving() as server:  # for `sync`, which needs one
+        environment = os.environ | wandb_environment(server.url, folder)
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=300, check=False, env=environment
+        )
     assert done.returncode == (2 if wrong else 0), done.stderr
     assert ("did you mean `learning_rate`?" in done.stderr) is wrong
 

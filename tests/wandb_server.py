@@ -176,6 +176,6 @@ def send_as_told(output: str, environment: Mapping[str, str]) -> str | None:
         return None
     told = rest.splitlines()[0]
     program, *arguments = shlex.split(told)
-    module = ["-m", program] if program != "python" else []
-    subprocess.run([sys.executable, *module, *arguments], check=True, capture_output=True, env=environment)
+    assert program == "fleetune"
+    subprocess.run([sys.executable, "-m", "fleetune.cli", *arguments], check=True, capture_output=True, env=environment)
     return told

@@ -284,6 +284,22 @@ def verify(
 
 
 @app.command()
+def sync(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]) -> None:
+    """Send to Weights & Biases what it does not have of a run yet."""
+    import subprocess
+
+    from fleetune.cluster import local
+
+    if not (run / "wandb" / "feeder.json").exists():
+        _fail(f"{run}: is no run that was tracked by wandb (it has no wandb/feeder.json)")
+    command = [sys.executable, "-m", "fleetune.train.tracking", str(run.resolve())]
+    done = subprocess.run(command, env=local.rank_environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        _fail(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.stdout.strip(), 1)
+    typer.echo(done.stdout.strip())
+
+
+@app.command()
 def schema() -> None:
     """The JSON Schema of a recipe, for editors: # yaml-language-server: $schema=fleetune.schema.json"""
     import json

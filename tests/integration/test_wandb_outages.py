@@ -126,7 +126,7 @@ def test_a_run_whose_server_cannot_be_reached_ends_in_time_and_can_be_sent(works
         assert "wandb: offline (" in output
         with serving() as server:
             told = send_as_told(output, attempt.environment | wandb_environment(server.url, workspace / "home"))
-            assert told == f"wandb sync --include-online {attempt.run.path / 'wandb'}"
+            assert told == f"fleetune sync {attempt.run.path}"
             assert server.steps() == ALL
 
 
@@ -139,7 +139,7 @@ def test_a_run_whose_server_falls_silent_ends_in_time_and_can_be_sent(workspace:
     assert "not everything was sent" in output
     assert max(server.steps()) < STEPS
     server.answering.set()
-    assert send_as_told(output, attempt.environment) == f"python -m fleetune.train.tracking {attempt.run.path}"
+    assert send_as_told(output, attempt.environment) == f"fleetune sync {attempt.run.path}"
     sync(attempt.run.path, attempt.environment)
     assert server.steps() == ALL
 

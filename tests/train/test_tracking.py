@@ -138,7 +138,7 @@ def test_without_a_key_every_step_is_logged_offline_once(run: Run) -> None:
     wait_for(lambda: status(run.path))
     (run.path / "eval.json").write_text('{"step": 30, "test": {"accuracy": 0.8}}')
     line = run.stop(feeder)
-    assert line == f"wandb: offline (no API key); send it later with: wandb sync --include-online {run.path}/wandb"
+    assert line == f"wandb: offline (no API key); send it later with: fleetune sync {run.path}"
     assert feeder.returncode == 0
     assert run.logged() == [10, 20, 30]
 
@@ -235,7 +235,7 @@ def test_a_feeder_that_hangs_is_killed(run: Run) -> None:
     line = run.stop(feeder, timeout=0.5)
     assert time.monotonic() - start < 2
     assert line is not None
-    assert "wandb sync" in line
+    assert "fleetune sync" in line
 
 
 def test_the_signals_of_training_do_not_end_it(run: Run) -> None:
@@ -295,7 +295,7 @@ def send(run: Path) -> str:
 
 
 def send_line(run: Run) -> str:
-    return f"send it later with: python -m fleetune.train.tracking {run.path}"
+    return f"send it later with: fleetune sync {run.path}"
 
 
 def test_what_a_killed_attempt_did_not_send_the_next_one_does(run: Run, server: Server) -> None:

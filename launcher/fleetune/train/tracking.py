@@ -15,7 +15,7 @@ appends logs to each other and renumbers a step it has seen before, so a step mu
 
 `wandb sync` appends a log to what the server has, too, from the log's first step on. Of a run that was once online the
 server has some steps, and only the server knows which: such a run's logs are marked as sent, so that `wandb sync`
-passes over them, and what is left goes by `python -m fleetune.train.tracking RUN`, which asks the server first.
+passes over them. `fleetune sync RUN` asks the server first, and does for every run.
 """
 
 from __future__ import annotations
@@ -184,10 +184,7 @@ def stop_feeder(process: subprocess.Popen[bytes], run: Path, timeout: float = 8.
 
 
 def send_later(run: Path) -> str:
-    if was_online(run) or not wandb_logs(run):
-        return f"send it later with: python -m fleetune.train.tracking {shlex.quote(str(run))}"
-    # The folder and not one log of it: wandb then sends all that it has not sent yet, in their order.
-    return f"send it later with: wandb sync --include-online {shlex.quote(str(run / 'wandb'))}"
+    return f"send it later with: fleetune sync {shlex.quote(str(run))}"
 
 
 def wandb_logs(run: Path) -> list[Path]:
@@ -427,7 +424,7 @@ def feed(run: Path, options: dict[str, Any], ended: Callable[[], bool], last_wor
 
 
 def send(run: Path) -> bool:
-    """Gives the server what it lacks of a run that is not being trained: `python -m fleetune.train.tracking RUN`."""
+    """Gives the server what it lacks of a run that is not being trained: `fleetune sync RUN`."""
     stored = runs.read_json(run / "wandb" / "feeder.json")
     options = {**stored, "mode": "send", "config_path": str(run / "recipe.yaml")}  # the folder may have moved
     last_word = bytearray(b"finish" if (run / "eval.json").exists() else b"")
