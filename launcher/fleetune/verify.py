@@ -289,7 +289,7 @@ def compare_cuts(
             raise RuntimeError(reason)
         gradient = _load(file)
         reference = reference or gradient
-        cuts.append(Cut(batch, *_distance(reference, gradient)))
+        cuts.append(Cut(batch, *distance(reference, gradient)))
         say(f"cut as {batch}")
     return cuts
 
@@ -300,9 +300,14 @@ def _load(file: Path) -> dict[str, np.ndarray[Any, Any]]:
     return dict(load_file(file))
 
 
-def _distance(one: dict[str, np.ndarray[Any, Any]], other: dict[str, np.ndarray[Any, Any]]) -> tuple[float, float, str]:
-    """(of the whole, of the worst tensor, its name), all to the norm of the whole of `one`."""
-    assert one.keys() == other.keys()
+def distance(one: dict[str, np.ndarray[Any, Any]], other: dict[str, np.ndarray[Any, Any]]) -> tuple[float, float, str]:
+    """(of the whole, of the worst tensor, its name), both to the norm of the whole of `one`.
+
+    Raises:
+        ValueError: they are of different parameters.
+    """
+    if {name: value.shape for name, value in one.items()} != {name: value.shape for name, value in other.items()}:
+        raise ValueError("the gradients are of different parameters")
     squares = {name: float(np.square(one[name].astype(np.float64) - other[name]).sum()) for name in one}
     norm = float(np.sqrt(sum(np.square(value.astype(np.float64)).sum() for value in one.values())))
     worst = max(squares, key=squares.__getitem__)
