@@ -70,13 +70,17 @@ def test_the_cuts_are_of_one_global_batch(ranks: int, size: int, expected: int) 
     assert cuts[0].world_size == 1
 
 
-def test_distances_are_to_the_norm_of_the_whole() -> None:
+def test_errors_are_relative_to_the_whole_reference() -> None:
     one = {"a": np.array([3.0, 0.0], np.float32), "b": np.array([[4.0]], np.float32)}
     other = {"a": np.array([3.0, 0.5], np.float32), "b": np.array([[4.0]], np.float32)}
-    assert verify.distance(one, one)[:2] == (0.0, 0.0)
-    assert verify.distance(one, other) == (0.1, 0.1, "a")
+    assert verify.difference(one, one).whole == 0.0
+    assert verify.difference(one, other) == verify.Difference(0.1, 0.1, "a")
     with pytest.raises(ValueError, match="of different parameters"):
-        verify.distance(one, {"a": one["a"]})
+        verify.difference(one, {"a": one["a"]})
+
+
+def test_an_error_below_fp32_is_seen() -> None:
+    assert verify.difference({"a": np.ones(1)}, {"a": np.ones(1) + 1e-13}).whole == pytest.approx(1e-13, rel=1e-2)
 
 
 def test_the_short_form_changes_length_logging_and_data_for_evaluation_alone(tmp_path: Path) -> None:

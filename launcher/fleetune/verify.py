@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,16 +225,6 @@ def same(unbroken: Path, broken: Path) -> dict[str, str]:
 GRADIENT_BOUND = 1e-6  # of the whole gradient's norm, in fp32
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A global batch as one of the cuts has it, and the gradient's distance from that of the first cut."""
-
-    batch: Batch
-    error: float = 0.0  # of the whole gradient, to its norm
-    worst: float = 0.0  # of one tensor, to the whole gradient's norm
-    worst_name: str = ""
-
-
 def cuts_of(recipe: Recipe, layout: Layout) -> list[Batch]:
     """One rank, the ranks asked for, and these with smaller micro-batches: all of the same global batch."""
     batch = cut_batch(recipe.training, layout.world_size)
@@ -260,14 +250,16 @@ def cuts_of(recipe: Recipe, layout: Layout) -> list[Batch]:
 
 def compare_cuts(
     recipe: Recipe, layout: Layout, dropout: list[str], folder: Path, say: Callable[[str], None]
-) -> list[Cut]:
-    """The gradient of the first global batch under each cut, in fp32 and without dropout.
+) -> list[tuple[Batch, Difference]]:
+    """The gradient of the first global batch under each cut against the first cut's, in fp32 and without dropout.
 
     Raises:
         RuntimeError: one of them failed; with its reason.
     """
-    reference: dict[str, np.ndarray[Any, Any]] = {}
-    cuts = []
+    from safetensors.numpy import load_file
+
+    reference: dict[str, Any] = {}
+    found = []
     for number, batch in enumerate(cuts_of(recipe, layout)):
         training = recipe.training.model_copy(
             update={
@@ -287,31 +279,35 @@ def compare_cuts(
         code, reason = run_program(run, place, ["fleetune.train.gradient", str(run.path), str(file)])
         if code != runs.DONE:
             raise RuntimeError(reason)
-        gradient = _load(file)
+        gradient = load_file(file)
         reference = reference or gradient
-        cuts.append(Cut(batch, *distance(reference, gradient)))
+        found.append((batch, difference(reference, gradient)))
         say(f"cut as {batch}")
-    return cuts
+    return found
 
 
-def _load(file: Path) -> dict[str, np.ndarray[Any, Any]]:
-    from safetensors.numpy import load_file
+@dataclass(frozen=True)
+class Difference:
+    """Of a gradient from a reference; both errors are relative to the norm of the whole reference."""
 
-    return dict(load_file(file))
+    whole: float
+    worst: float  # over single tensors
+    worst_tensor: str
 
 
-def distance(one: dict[str, np.ndarray[Any, Any]], other: dict[str, np.ndarray[Any, Any]]) -> tuple[float, float, str]:
-    """(of the whole, of the worst tensor, its name), both to the norm of the whole of `one`.
+def difference(reference: Mapping[str, Any], other: Mapping[str, Any]) -> Difference:
+    """Of tensors or arrays by parameter; norms are taken in fp64.
 
     Raises:
-        ValueError: they are of different parameters.
+        ValueError: the two are not of the same parameters.
     """
-    if {name: value.shape for name, value in one.items()} != {name: value.shape for name, value in other.items()}:
+    arrays = [{name: np.asarray(value) for name, value in one.items()} for one in (reference, other)]
+    if {n: a.shape for n, a in arrays[0].items()} != {n: a.shape for n, a in arrays[1].items()}:
         raise ValueError("the gradients are of different parameters")
-    squares = {name: float(np.square(one[name].astype(np.float64) - other[name]).sum()) for name in one}
-    norm = float(np.sqrt(sum(np.square(value.astype(np.float64)).sum() for value in one.values())))
-    worst = max(squares, key=squares.__getitem__)
-    return float(np.sqrt(sum(squares.values()))) / norm, float(np.sqrt(squares[worst])) / norm, worst
+    errors = {n: float(np.linalg.norm(arrays[1][n].astype(np.float64) - a)) for n, a in arrays[0].items()}
+    norm = float(np.linalg.norm([np.linalg.norm(a.astype(np.float64)) for a in arrays[0].values()]))
+    worst = max(errors, key=errors.__getitem__)
+    return Difference(float(np.linalg.norm(list(errors.values()))) / norm, errors[worst] / norm, worst)
 
 
 # ---------------------------------------------------------------- the whole
@@ -353,13 +349,13 @@ def verify(
         Finding(f"{times}: {name}", found, found == "equal") for name, found in same(unbroken, broken.path).items()
     ]
     say("the gradient of one global batch, in fp32 without dropout")
-    first, *others = compare_cuts(recipe, layout, dropout, folder, say)
+    (first, _), *others = compare_cuts(recipe, layout, dropout, folder, say)
+    one = f"{first.world_size} x {first.gradient_accumulation_steps} x {first.micro_batch_size}"
     return findings + [
         Finding(
-            f"cut as {cut.batch}, against {first.batch.world_size} x {first.batch.gradient_accumulation_steps} x "
-            f"{first.batch.micro_batch_size}: gradient",
-            f"{cut.error:.1e} of its norm; worst tensor {cut.worst:.1e}, {cut.worst_name}",
-            cut.error <= GRADIENT_BOUND and cut.worst <= GRADIENT_BOUND,
+            f"cut as {batch}, against {one}: gradient",
+            f"{found.whole:.1e} of its norm; worst tensor {found.worst:.1e}, {found.worst_tensor}",
+            max(found.whole, found.worst) <= GRADIENT_BOUND,
         )
-        for cut in others
+        for batch, found in others
     ]

@@ -119,7 +119,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
         # One epoch's global batches: the rows of each, whatever the number of ranks.
         if composed != progress.epoch:
             batches, composed = _compose(setup, progress.epoch), progress.epoch
-            augment = _augmenter(setup, progress.epoch)
+            augment = augmenter(setup, progress.epoch)
 
         # One optimizer step: this rank's micro-batches, forward and backward over all of them, update.
         start = time.perf_counter()
@@ -171,13 +171,16 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
     return finished
 
 
-def set_up(run: runs.Run, world: World) -> Setup:
+def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Setup:
+    """Data, model and engine for RUN; with `dtype` the recipe's weights are converted to it."""
     recipe = run.recipe()
     batch = cut_batch(recipe.training, world.world_size)
     tokenizer = load_tokenizer(recipe)
     data = prepare(recipe, tokenizer)
     config = engine.deepspeed_config(recipe, batch)
     model = build_model(recipe, data.label_names, engine.weights_dtype(recipe), config)
+    if dtype is not None:
+        model.to(dtype)
     sizes = {name: zero.numel(p) for name, p in model.named_parameters()}
     trainable = {name: sizes[name] for name, p in model.named_parameters() if p.requires_grad}
     started = engine.start_engine(model, recipe, config, build_penalties(recipe, trainable))
@@ -324,7 +327,7 @@ def _rows(window: list[MicroBatch], world: World) -> str:
     return "training rows " + ", ".join(map(str, rows[:64])) + (f" and {len(rows) - 64} more" if len(rows) > 64 else "")
 
 
-def _augmenter(setup: Setup, epoch: int) -> Augmenter | None:
+def augmenter(setup: Setup, epoch: int) -> Augmenter | None:
     recipe = setup.recipe
     if not recipe.data.augmentation:
         return None
