@@ -344,18 +344,22 @@ def verify(
         random.Random(seed),
         say,
     )
-    times = f"killed {len(broken.kills)} times, {sum(kill.in_save for kill in broken.kills)} of them inside a save"
+    times = f"killed {len(broken.kills)} times, {sum(kill.in_save for kill in broken.kills)} inside a save"
     findings = [
         Finding(f"{times}: {name}", found, found == "equal") for name, found in same(unbroken, broken.path).items()
     ]
     say("the gradient of one global batch, in fp32 without dropout")
     (first, _), *others = compare_cuts(recipe, layout, dropout, folder, say)
-    one = f"{first.world_size} x {first.gradient_accumulation_steps} x {first.micro_batch_size}"
     return findings + [
         Finding(
-            f"cut as {batch}, against {one}: gradient",
-            f"{found.whole:.1e} of its norm; worst tensor {found.worst:.1e}, {found.worst_tensor}",
+            f"cut as {_shown(batch)} in place of {_shown(first)}: gradient",
+            f"{found.whole:.1e} apart; worst {found.worst:.1e}, {found.worst_tensor}",
             max(found.whole, found.worst) <= GRADIENT_BOUND,
         )
         for batch, found in others
     ]
+
+
+def _shown(batch: Batch) -> str:
+    """Ranks x micro-batches x examples."""
+    return f"{batch.world_size} x {batch.gradient_accumulation_steps} x {batch.micro_batch_size}"
