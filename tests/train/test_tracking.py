@@ -90,8 +90,8 @@ class Run:
         assert feeder is not None
         return feeder
 
-    def stop(self, feeder: "subprocess.Popen[bytes]", timeout: float = 10.0) -> str | None:
-        return stop_feeder(feeder, self.path, timeout)
+    def stop(self, feeder: "subprocess.Popen[bytes]", timeout: float = 10.0, finished: bool = True) -> str | None:
+        return stop_feeder(feeder, self.path, timeout, finished)
 
     def once(self, mode: str = "auto", init_timeout: float = 15.0) -> str:
         line = self.stop(self.start(mode, init_timeout), 30.0)
@@ -285,6 +285,29 @@ def test_offline_attempts_are_one_run_once_they_are_sent(run: Run, server: Serve
     sync(run.path)
     assert server.steps() == [10, 20, 30, 40]
     assert [row["loss"] for row in server.history] == [5.0, 10.0, 15.0, 20.0]
+
+
+def test_the_last_step_of_a_stopped_attempt_waits_for_what_the_next_one_adds(run: Run, server: Server) -> None:
+    """As the evaluation that the stop came before; a step that wandb has takes nothing more."""
+    run.write(10, 20)
+    run.stop(run.start(), finished=False)
+    assert server.steps() == [10]
+    run.resume(20)
+    run.log.write(20, {"eval/accuracy": 0.75})
+    run.write(30)
+    run.once()
+    assert [(row["_step"], row["loss"], row.get("eval/accuracy")) for row in server.history] == [
+        (10, 5.0, None),
+        (20, 10.0, 0.75),
+        (30, 15.0, None),
+    ]
+
+
+def test_numbers_are_sent_and_no_text(run: Run, server: Server) -> None:
+    """The order of the data is a hash, for `fleetune verify` and no chart."""
+    run.log.write(10, {"loss": 5.0, "data/order": "0f"})
+    run.once()
+    assert [row.keys() & {"loss", "data/order"} for row in server.history] == [{"loss"}]
 
 
 def send(run: Path) -> str:
