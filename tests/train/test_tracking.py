@@ -49,6 +49,21 @@ def test_a_resumed_run_drops_what_it_computes_again_and_what_a_kill_has_torn(tmp
     assert path.read_text() == '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 2, "b": 4}\n{"step": 3, "a": 5}\n'
 
 
+def test_an_evaluation_that_is_done_again_is_dropped(tmp_path: Path) -> None:
+    """A run that was stopped before the evaluation of step 2, went on, evaluated, and was killed before it saved."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", resume_step=0)
+    for step, values in ((1, {"loss": 1.0}), (1, {"eval/loss": 1.1}), (2, {"loss": 2.0}), (2, {"eval/loss": 2.1})):
+        log.write(step, values)
+    log.close()
+    MetricsLog(tmp_path / "metrics.jsonl", resume_step=2, evaluated_step=2).close()
+    assert read_metrics(tmp_path / "metrics.jsonl")[1] == {"step": 2, "loss": 2.0, "eval/loss": 2.1}
+    MetricsLog(tmp_path / "metrics.jsonl", resume_step=2, evaluated_step=1).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 1.0, "eval/loss": 1.1},
+        {"step": 2, "loss": 2.0},
+    ]
+
+
 def test_training_imports_neither_torch_nor_wandb_with_it() -> None:
     code = "import sys, fleetune.train.tracking; sys.exit(bool({'torch', 'wandb'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": "launcher"}).returncode == 0

@@ -88,7 +88,7 @@ class Notes:
 def start_notes(run: runs.Run, recipe: Recipe, total_steps: int, progress: Progress, logs: Path) -> Notes:
     """Opens the JSONL and starts the process that feeds wandb from it."""
     wandb, feeder = recipe.tracking.wandb, None
-    log = tracking.MetricsLog(run.metrics, resume_step=progress.step)
+    log = tracking.MetricsLog(run.metrics, progress.step, progress.evaluated_step)
     if wandb is not None:
         feeder = tracking.start_feeder(
             run.path,

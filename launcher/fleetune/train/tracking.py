@@ -58,10 +58,17 @@ class MetricsLog:
     Raises OSError where the file cannot be written.
     """
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        """Opens the file, without the steps after `resume_step`, which are about to be computed again."""
+    def __init__(self, path: Path, resume_step: int, evaluated_step: int | None = None) -> None:
+        """Opens the file, without what is about to be computed again: the steps after `resume_step`, and its own
+        evaluation where the last one in the checkpoint is that of an earlier `evaluated_step`."""
         if path.exists():
-            kept = [line for line in runs.read_jsonl(path) if line["step"] <= resume_step]
+            again = evaluated_step is not None and evaluated_step < resume_step
+            kept = [
+                line
+                for line in runs.read_jsonl(path)
+                if line["step"] < resume_step
+                or (line["step"] == resume_step and not (again and any(key.startswith("eval/") for key in line)))
+            ]
             runs.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._left = b""  # what a full disk has not taken yet
