@@ -18,7 +18,7 @@ from fleetune.runs import open_run
 from fleetune.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("run", "check", "verify", "eval", "compare", "sync", "schema")
+COMMANDS = ("run", "check", "eval", "compare", "verify", "sync", "schema")
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "wandb", "submitit", "numpy", "yaml", "psutil"}
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "launcher"), str(ROOT / "kernels")])}
 

@@ -91,9 +91,11 @@ def run(
                 typer.echo(f"\nbaseline  {scratch.name}: the same model from scratch")
                 runs.write_json(outcome.run.path / "run.json", {**outcome.run.info(), "baseline": scratch.name})
                 folders.append(_attempt(scratch, layout, report, False, stop).run.path)
-        except (local.StoppedEarly, KeyboardInterrupt):
-            typer.echo("stopped before training began; the same command begins again")
+        except local.StoppedEarly:
+            typer.echo("stopped before training began; the same command goes on")
             raise typer.Exit(runs.SAVED) from None
+        except KeyboardInterrupt:
+            _fail("stopped at once", 130)
     typer.echo("")
     _print_comparison(folders)
 
@@ -295,7 +297,7 @@ def sync(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder
     command = [sys.executable, "-m", "fleetune.train.tracking", str(run.resolve())]
     done = subprocess.run(command, env=local.rank_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
-        _fail(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.stdout.strip(), 1)
+        _fail(done.stdout.strip() or done.stderr.strip().splitlines()[-1], 1)
     typer.echo(done.stdout.strip())
 
 

@@ -108,14 +108,16 @@ def source_commit() -> str | None:
 # ---------------------------------------------------------------- identity
 
 
-def open_run(recipe: Recipe, layout: dict[str, int], fresh: bool = False, data: str | None = None) -> Run:
+def open_run(
+    recipe: Recipe, layout: dict[str, int], fresh: bool = False, data: str | None = None, steps: int | None = None
+) -> Run:
     """Makes the recipe's run folder, or takes up the one that is there.
 
-    `layout` holds nodes, nproc_per_node, threads; `data` is a hash of the prepared data.
+    `layout` holds nodes, nproc_per_node, threads; `data` is a hash of the prepared data; `steps` is the run's length.
 
     Raises:
-        RecipeError: the folder is of another recipe, layout, data or user, is no run folder, cannot be made, or is at
-            work.
+        RecipeError: the folder is of another recipe, layout, data or user, has gone further, is no run folder, cannot
+            be made, or is at work.
     """
     base = Path(recipe.output_dir) / recipe.name
     if fresh:
@@ -130,6 +132,7 @@ def open_run(recipe: Recipe, layout: dict[str, int], fresh: bool = False, data: 
         if (run.path / "run.json").exists():
             _refuse_another_attempt(run.path / "lease.json")  # before what it reads is changed
             _refuse_another_recipe(run, recipe, layout, data)
+            _refuse_fewer_steps(run, steps)
         else:
             _make(run, recipe, layout)
         begun = {"layout": layout} if data is None else {"layout": layout, "data": data}
@@ -153,9 +156,14 @@ def _make(run: Run, recipe: Recipe, layout: dict[str, int]) -> None:
     write_json(run.path / "run.json", {**made, "commit": source_commit(), "layout": layout})
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, sync: bool = False) -> None:
+    """By rename; with `sync` a power loss leaves the old text or the new."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
     beside.replace(path)
 
 
@@ -173,10 +181,9 @@ def differences(stored: Recipe, new: Recipe) -> list[str]:
     return [f"{key}: {said(old, key)} in the run, {said(now, key)} now" for key in keys]
 
 
-def refuse_fewer_steps(run: Run, steps: int) -> None:
-    """Raises RecipeError where the run has gone further than the recipe now asks."""
+def _refuse_fewer_steps(run: Run, steps: int | None) -> None:
     reached = max((int(path.parent.name[5:]) for path in run.checkpoints.glob("step-*/MANIFEST.json")), default=0)
-    if reached > steps:
+    if steps is not None and reached > steps:
         raise RecipeError(
             f"training.max_steps: the recipe comes to {steps} steps, and {run.path} has done {reached} (--fresh begins "
             "anew)"

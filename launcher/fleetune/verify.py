@@ -7,6 +7,7 @@ of one global batch is taken under several cuts into ranks and micro-batches. No
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -24,7 +25,7 @@ import numpy as np
 import psutil
 
 from fleetune import runs
-from fleetune.cluster.local import Layout, run_program
+from fleetune.cluster.local import Layout, die_with_parent, run_program
 from fleetune.recipe import dump_recipe
 from fleetune.schema import Batch, Recipe, cut_batch
 
@@ -80,6 +81,7 @@ def start(recipe: Recipe, layout: Layout) -> subprocess.Popen[str]:
         encoding="utf-8",
         errors="replace",
         env={**os.environ, "OMP_NUM_THREADS": str(layout.threads)},
+        preexec_fn=die_with_parent,
     )
 
 
@@ -159,27 +161,35 @@ def _kill_one_attempt(
                 raise RuntimeError("".join(lines[-15:]))
             return None
     time.sleep(delay)
-    _kill(process.pid, whom, chance)
-    process.stdout.read()
-    if process.wait() == runs.DONE:
+    if process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            whom = _kill(process.pid, whom, chance)
+    lines.append(process.stdout.read())
+    code = process.wait()
+    if code == runs.DONE:
         return None
+    if code != -signal.SIGKILL and "was killed by SIGKILL" not in lines[-1]:
+        raise RuntimeError("".join(lines[-15:]))
     checkpoints = Path(recipe.output_dir) / recipe.name / "checkpoints"
     halves = [path for path in checkpoints.glob("*step-*") if not (path / "MANIFEST.json").exists()]
     return Kill(moment, whom, bool(halves) or any(checkpoints.glob(".step-*.part")))
 
 
-def _kill(launcher: int, whom: str, chance: random.Random) -> None:
-    try:
-        children = psutil.Process(launcher).children()
-    except psutil.NoSuchProcess:
-        return
-    ranks = [child for child in children if "fleetune.train" in child.cmdline()]
-    chosen = [psutil.Process(launcher)] if whom == "the launcher" or not ranks else ranks
-    for process in [chance.choice(ranks)] if whom == "one rank" and ranks else chosen:
-        try:
-            process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
+def _kill(launcher: int, whom: str, chance: random.Random) -> str:
+    """Returns whom it hit: before there are ranks, the launcher."""
+    ranks = []
+    for child in psutil.Process(launcher).children():
+        with contextlib.suppress(psutil.Error):
+            if "fleetune.train" in child.cmdline():
+                ranks.append(child.pid)
+    if whom == "the launcher" or not ranks:
+        whom, chosen = "the launcher", [launcher]
+    else:
+        chosen = [chance.choice(ranks)] if whom == "one rank" else ranks
+    for pid in chosen:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return whom
 
 
 # ---------------------------------------------------------------- what must be equal
@@ -345,8 +355,10 @@ def verify(
         say,
     )
     times = f"killed {len(broken.kills)} times, {sum(kill.in_save for kill in broken.kills)} inside a save"
+    killed = bool(broken.kills)
     findings = [
-        Finding(f"{times}: {name}", found, found == "equal") for name, found in same(unbroken, broken.path).items()
+        Finding(f"{times}: {name}", found, found == "equal" and killed)
+        for name, found in same(unbroken, broken.path).items()
     ]
     say("the gradient of one global batch, in fp32 without dropout")
     (first, _), *others = compare_cuts(recipe, layout, dropout, folder, say)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetune.cluster.watch import EXIT_SECONDS, LEAST_SECONDS, TIMES, UNKNOWN_SECONDS, Beats, where_each_is
+from fleetune.cluster.watch import EXIT_SECONDS, LEAST_SECONDS, TIMES, UNKNOWN_SECONDS, Beats, Silence, where_each_is
 
 
 def beat(folder: Path, rank: int, count: int, phase: str) -> None:
@@ -30,10 +30,18 @@ def stepping(folder: Path, seconds: float, hang_timeout: float | None = None) ->
     return beats
 
 
+def look_until(beats: Beats, now: float, since: float = 100.0) -> Silence | None:
+    """Looks every five seconds, as a launcher that is not frozen does, and oftener."""
+    while since + 5.0 < now:
+        since += 5.0
+        assert beats.look(since) is None
+    return beats.look(now)
+
+
 def test_a_step_may_take_many_times_the_longest_so_far(tmp_path: Path) -> None:
     beats = stepping(tmp_path, seconds=10.0)
     assert beats.limit("step") == TIMES * 10.0
-    assert beats.look(100.0 + TIMES * 10.0) is None
+    assert look_until(beats, 100.0 + TIMES * 10.0) is None
     silence = beats.look(101.0 + TIMES * 10.0)
     assert silence is not None
     assert (silence.rank, silence.phase, round(silence.seconds)) == (0, "step", 201)
@@ -68,7 +76,7 @@ def test_what_has_no_usual_length_may_take_long(tmp_path: Path, phase: str, limi
     for rank in (0, 1):
         beat(tmp_path, rank, 100, phase)
     assert beats.look(101.0) is None
-    assert beats.look(100.0 + limit) is None
+    assert look_until(beats, 100.0 + limit, since=101.0) is None
     assert beats.look(102.0 + limit) is not None
 
 
@@ -78,6 +86,25 @@ def test_a_long_save_is_not_taken_for_a_long_step(tmp_path: Path) -> None:
     beats.look(101.0)
     beat(tmp_path, 0, 101, "step")
     beats.look(1001.0)
+    assert beats.limit("step") == LEAST_SECONDS
+
+
+def test_of_all_that_are_silent_the_one_that_is_behind_is_named(tmp_path: Path) -> None:
+    beats = stepping(tmp_path, seconds=1.0, hang_timeout=7.0)
+    beat(tmp_path, 0, 100, "step")
+    assert beats.look(100.5) is None
+    silence = look_until(beats, 108.0)
+    assert silence is not None
+    assert silence.rank == 1
+
+
+def test_time_in_which_the_launcher_was_frozen_does_not_count(tmp_path: Path) -> None:
+    """With its ranks, as by a suspended job or a closed laptop; nor is a long step learnt from it."""
+    beats = stepping(tmp_path, seconds=1.0)
+    assert beats.look(5000.0) is None
+    for rank in (0, 1):
+        beat(tmp_path, rank, 100, "step")
+    assert beats.look(5001.0) is None
     assert beats.limit("step") == LEAST_SECONDS
 
 

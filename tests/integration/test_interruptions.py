@@ -161,7 +161,7 @@ def test_asked_to_stop_before_it_began_it_leaves_at_once(workspace: Path) -> Non
     output = rest(process)
     assert process.returncode == runs.SAVED, output
     assert time.monotonic() - begun < 5
-    assert "the same command begins again" in output
+    assert "the same command goes on" in output
     assert not (workspace / "early").exists()
 
 

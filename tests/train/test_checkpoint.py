@@ -15,7 +15,8 @@ from ranks import make_run, train_together
 from tiny import recipe_values, write_model, write_rows
 
 from fleetune import runs
-from fleetune.train.checkpoint import (
+from fleetune.train.distributed import World
+from fleetune.train.manifest import (
     MANIFEST,
     DamagedCheckpoint,
     complete_checkpoints,
@@ -25,7 +26,6 @@ from fleetune.train.checkpoint import (
     step_of,
     verify,
 )
-from fleetune.train.distributed import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -157,12 +157,13 @@ def test_damage_is_found_and_named_and_the_one_before_is_used(run: runs.Run, see
         assert file.name in line or "manifest" in line.lower()
 
 
-def test_where_all_are_damaged_each_is_named(run: runs.Run) -> None:
+def test_where_all_are_damaged_each_is_named_and_none_is_overwritten(run: runs.Run) -> None:
     for path in complete_checkpoints(run.checkpoints):
         (path / "state.json").unlink()
-    found, lines = problems(run)
-    assert found is None
-    assert lines == [f"step-0000000{step}: state.json is missing" for step in (6, 4, 2)]
+    with pytest.raises(DamagedCheckpoint, match="no checkpoint is whole") as refused:
+        problems(run)
+    for step in (6, 4, 2):
+        assert f"step-0000000{step}: state.json is missing" in str(refused.value)
 
 
 def test_one_under_another_steps_name_is_refused(run: runs.Run) -> None:

@@ -140,16 +140,18 @@ def prepare(recipe: Recipe, stop: Stop | None = None) -> dict[str, Any]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=die_with_parent,
         )
-        while True:
-            try:
-                output, errors = process.communicate(timeout=0.2)
-                break
-            except subprocess.TimeoutExpired:
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    output, errors = process.communicate(timeout=0.2)
+                    break
                 if stop:
-                    process.kill()  # the cache takes nothing that is half done
-                    process.communicate()
-                    raise StoppedEarly from None
+                    raise StoppedEarly
+        finally:
+            process.kill()  # where it is not done; the cache takes nothing that is half done
+            process.wait()
     if stop:
         raise StoppedEarly
     if process.returncode == runs.WRONG:
@@ -162,7 +164,7 @@ def prepare(recipe: Recipe, stop: Stop | None = None) -> dict[str, Any]:
 def in_this_machines_precision(recipe: Recipe, report: dict[str, Any]) -> Recipe:
     """The recipe in fp32 where it asks for bf16 and the machine has none: the same recipe runs on any laptop.
 
-    It is what the run folder stores, so that a run goes on in the precision it began with.
+    It is what the run folder stores: a run goes on in the precision it began with, and is refused in another.
     """
     if not recipe.training.bf16 or report["has_fast_bf16"]:
         return recipe
@@ -195,10 +197,9 @@ def run_recipe(
     if stop:
         raise StoppedEarly
     steps = total_steps(recipe.training, report["rows"]["train"], cut_batch(recipe.training, layout.world_size))
-    run = runs.open_run(recipe, layout.stored(), fresh, report["content"])
+    run = runs.open_run(recipe, layout.stored(), fresh, report["content"], steps)
     if runs.is_finished(run, steps):
         return Outcome(run, runs.DONE, "finished before", was_finished=True)
-    runs.refuse_fewer_steps(run, steps)
     with runs.lease(run) as lease, tempfile.TemporaryDirectory(prefix="fleetune-beats-") as beats:
         nodes = [
             f"{socket.gethostname()}/{node}" if layout.nodes > 1 else socket.gethostname()
@@ -215,7 +216,8 @@ def run_recipe(
         except RecipeError as taken_over:  # the lease is another's
             code, reason = runs.FAILED, str(taken_over)
         finally:
-            runs.end_attempt(run, attempt, code, reason, nodes, time.monotonic() - start)
+            with contextlib.suppress(OSError):  # a full disk; what the attempt came to is still said
+                runs.end_attempt(run, attempt, code, reason, nodes, time.monotonic() - start)
     return Outcome(run, code, reason)
 
 
@@ -363,11 +365,16 @@ class _Ranks:
                     os.kill(process.pid, number) if number != signal.SIGKILL else os.killpg(process.pid, number)
 
 
+def die_with_parent() -> None:
+    """In a child, before it is another program."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _become_rank() -> None:
     """In the child, before it is Python: no rank outlives its spawner, and none dies of a signal to stop that comes
     before it can hear one."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    die_with_parent()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
 

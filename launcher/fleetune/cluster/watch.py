@@ -16,6 +16,7 @@ import psutil
 LEAST_SECONDS, TIMES = 60.0, 20.0  # a step may take this many times the longest so far, and at least so long
 UNKNOWN_SECONDS = 1800.0  # for what has not been seen yet, and for what has no usual length: loading, saving
 EXIT_SECONDS = 60.0
+FROZEN_SECONDS = 10.0  # between two looks, which else are a tenth of a second apart
 LEARNT = ("step", "evaluation")
 
 
@@ -36,24 +37,28 @@ class Beats:
     hang_timeout: float | None  # for a step, in place of what is learnt
     last: dict[int, tuple[str, float]] = field(default_factory=dict)  # the beat as it stands in the file, and when
     longest: dict[str, float] = field(default_factory=dict)  # seconds between two beats, by phase
+    looked: float = 0.0
 
     def look(self, now: float | None = None) -> Silence | None:
-        """Reads every rank's beat; the rank that has been silent for too long, if one has."""
+        """Reads every rank's beat; of the ranks that have been silent for too long, if any, the one that is behind."""
         now = time.monotonic() if now is None else now
+        if now - self.looked > FROZEN_SECONDS and self.last:
+            # This process was frozen, and perhaps they were: nothing can be said of that time.
+            self.last = {rank: (text, since + now - self.looked) for rank, (text, since) in self.last.items()}
+        self.looked = now
+        silent = []
         for rank in self.ranks:
             before, since = self.last.setdefault(rank, ("0 start", now))
             text = self._read(rank) or before
+            phase = before.partition(" ")[2]
             if text == before:
-                phase = before.partition(" ")[2]
                 if now - since > self.limit(phase):
-                    return Silence(rank, phase, now - since, self.limit(phase))
+                    silent.append(Silence(rank, phase, now - since, self.limit(phase)))
                 continue
-            phases = {before.partition(" ")[2], text.partition(" ")[2]}
-            if len(phases) == 1:
-                (phase,) = phases
+            if text.partition(" ")[2] == phase:
                 self.longest[phase] = max(self.longest.get(phase, 0.0), now - since)
             self.last[rank] = (text, now)
-        return None
+        return min(silent, key=lambda one: int(self.last[one.rank][0].split()[0]), default=None)
 
     def limit(self, phase: str) -> float:
         """Seconds that may pass without a beat."""

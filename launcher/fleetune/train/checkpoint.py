@@ -33,15 +33,11 @@ from fleetune import runs
 from fleetune.schema import Checkpoint
 from fleetune.train import signals
 from fleetune.train.distributed import World, barrier, gather_objects
+from fleetune.train.manifest import MANIFEST, checkpoint_path, prune, read_manifest, sealed
 from fleetune.train.speed import available_memory
 
-MANIFEST = "MANIFEST.json"
 FAILURES = 3  # saves in a row that may fail before training gives up
 SPARE_MEMORY = 1 << 30  # left free beside the copies that wait to be written
-
-
-class DamagedCheckpoint(Exception):
-    """A checkpoint that is not what its manifest says; names the file."""
 
 
 class SaveFailed(RuntimeError):
@@ -58,19 +54,6 @@ class Saved:
     problem: str | None
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Those with a manifest, newest first."""
-    return sorted((path.parent for path in folder.glob(f"step-*/{MANIFEST}")), key=step_of, reverse=True)
-
-
 # ---------------------------------------------------------------- saving
 
 
@@ -84,7 +67,7 @@ class _Save:
     beside: Path
     started: float
     blocked: float = 0.0
-    held: int = 0  # bytes of the copies
+    bytes: int = 0  # written so far
     copies: list[tuple[Path, Any]] = field(default_factory=list)
     written: dict[str, dict[str, Any]] = field(default_factory=dict)
     problem: str | None = None
@@ -164,8 +147,12 @@ class Saver(TorchCheckpointEngine):  # type: ignore[misc]
         if save is None:
             return None
         start = time.perf_counter()
-        if save.thread is not None:
-            save.thread.join()
+        signals.beat("save")
+        while save.thread is not None and save.thread.is_alive():
+            before = save.bytes
+            save.thread.join(5.0)
+            if save.bytes != before:  # a slow disk is no hang
+                signals.beat("save")
         save.copies.clear()
         found = gather_objects((save.written, save.problem), self.world)
         problem = next((problem for _, problem in found if problem is not None), None)
@@ -177,6 +164,9 @@ class Saver(TorchCheckpointEngine):  # type: ignore[misc]
         now = time.perf_counter()
         if problem is None:
             self.failures, self.saved_step = 0, save.step
+            if self.world.is_main:
+                with contextlib.suppress(OSError):  # what cannot be removed takes room, and no more
+                    prune(self.folder, self.settings.save_total_limit, save.step, save.best_step)
         else:
             self.failures += 1
             if self.world.is_main:
@@ -195,7 +185,7 @@ class Saver(TorchCheckpointEngine):  # type: ignore[misc]
         files["state.json"] = _write_bytes(beside / "state.json", save.state.encode())
         layout = {"world_size": self.world.world_size, "threads": torch.get_num_threads()}
         manifest = {"run": self.run_id, "step": save.step, **layout}
-        _write_bytes(beside / MANIFEST, _sealed({**manifest, "files": dict(sorted(files.items()))}).encode())
+        _write_bytes(beside / MANIFEST, sealed({**manifest, "files": dict(sorted(files.items()))}).encode())
         for path in (beside / "engine", beside):
             _sync(path)
         if final.exists():  # a damaged one, or it would have been gone on from
@@ -203,15 +193,14 @@ class Saver(TorchCheckpointEngine):  # type: ignore[misc]
             shutil.rmtree(final)
         beside.rename(final)
         _sync(self.folder)
-        prune(self.folder, self.settings.save_total_limit, save.step, save.best_step)
 
 
 @contextlib.contextmanager
 def _noted(save: _Save) -> Any:
-    """A full disk, or one that fails, must not end training, least of all on one rank alone."""
+    """Whatever keeps a file from being written must not end training, least of all on one rank alone."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         cause: BaseException = error  # torch's writer raises a RuntimeError of its own over the file's OSError
         while not isinstance(cause, OSError) and cause.__context__ is not None:
             cause = cause.__context__
@@ -228,16 +217,18 @@ def _write_copies(save: _Save) -> None:
 class _Hashed:
     """A file that is hashed while it is written."""
 
-    def __init__(self, file: Any, in_background: bool) -> None:
-        self.file, self.sha256, self.bytes, self.in_background = file, hashlib.sha256(), 0, in_background
+    def __init__(self, file: Any, save: _Save) -> None:
+        self.file, self.save, self.sha256, self.bytes = file, save, hashlib.sha256(), 0
 
     def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
         self.sha256.update(data)
-        self.bytes += memoryview(data).nbytes
-        if not self.in_background:
+        self.bytes += size
+        self.save.bytes += size
+        if self.save.thread is None:  # the thread's own progress is no sign of the loop's
             signals.beat("save")
         self.file.write(data)
-        return memoryview(data).nbytes
+        return size
 
     def flush(self) -> None:
         self.file.flush()
@@ -245,7 +236,7 @@ class _Hashed:
 
 def _write(path: Path, state: Any, save: _Save) -> None:
     with path.open("wb") as raw:
-        file = _Hashed(raw, save.thread is not None)
+        file = _Hashed(raw, save)
         torch.save(state, file)  # type: ignore[arg-type]
         raw.flush()
         os.fsync(raw.fileno())
@@ -281,93 +272,7 @@ def _copied(state: Any, seen: dict[tuple[Any, ...], torch.Tensor]) -> Any:
         return copied
     if type(state) in (list, tuple):
         return type(state)(_copied(value, seen) for value in state)
-    return state
-
-
-def prune(folder: Path, keep_last: int, step: int, best_step: int | None) -> None:
-    """After saving at `step`: keeps the newest `keep_last` and the best, and clears what a kill left half written.
-
-    One beyond `step` is damaged, or it would have been gone on from; it must not count as the newest.
-    """
-    kept = [path for path in complete_checkpoints(folder) if step_of(path) <= step][:keep_last]
-    for path in complete_checkpoints(folder):
-        if path not in kept and step_of(path) != best_step:
-            (path / MANIFEST).unlink()  # from here on it is no checkpoint, whatever happens to the rest
-    for path in [*folder.glob("step-*"), *folder.glob(".step-*.part")]:
-        if path.name.startswith(".") or not (path / MANIFEST).exists():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-# ---------------------------------------------------------------- the manifest
-
-
-def _sealed(manifest: dict[str, Any]) -> str:
-    """With a hash of itself, so that damage to the manifest is seen as well."""
-    text = json.dumps(manifest, indent=1)
-    return json.dumps({**manifest, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises DamagedCheckpoint where it is not as it was written."""
-    try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        seal = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path.name}: {MANIFEST} cannot be read: {error}") from None
-    if _sealed(manifest) != text:
-        raise DamagedCheckpoint(f"{path.name}: {MANIFEST} is damaged, {str(seal)[:8]} is not its hash")
-    if manifest["step"] != step_of(path):
-        raise DamagedCheckpoint(f"{path.name}: its manifest is of step {manifest['step']}")
-    return manifest  # type: ignore[no-any-return]
-
-
-def verify(path: Path, run_id: str, part: int = 0, parts: int = 1) -> None:
-    """Raises DamagedCheckpoint for one of another run, or a file that is missing, too many, another user's or changed.
-
-    Of `parts` verifiers that share the hashing, this is number `part`.
-    """
-    if path.is_symlink() or not path.is_dir():
-        raise DamagedCheckpoint(f"{path.name}: is not there")
-    manifest = read_manifest(path)
-    if manifest["run"] != run_id:
-        raise DamagedCheckpoint(f"{path.name}: is of another run ({manifest['run']})")
-    there = {str(file.relative_to(path)): file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
-    for file in (path, *there.values()):  # DeepSpeed's loader unpickles
-        if file.lstat().st_uid != os.getuid():
-            raise DamagedCheckpoint(f"{path.name}: {file.name} belongs to another user and is not opened")
-    for name in sorted(there.keys() - {MANIFEST} - manifest["files"].keys()):
-        raise DamagedCheckpoint(f"{path.name}: {name} is not in its manifest")
-    for name, expected in list(manifest["files"].items())[part::parts]:
-        if name not in there or there[name].is_symlink():
-            raise DamagedCheckpoint(f"{path.name}: {name} is missing")
-        if there[name].stat().st_size != expected["bytes"] or _sha256(there[name]) != expected["sha256"]:
-            raise DamagedCheckpoint(f"{path.name}: {name} is damaged")
-
-
-def problem_of(path: Path, run: runs.Run, world: World) -> str | None:
-    """What is wrong with a checkpoint, on every rank alike; a collective that shares the hashing."""
-    problem = None
-    try:
-        verify(path, run.info()["id"], world.rank, world.world_size)
-    except (DamagedCheckpoint, OSError) as damage:
-        problem = str(damage)
-    return next((found for found in gather_objects(problem, world) if found is not None), None)
-
-
-def newest_good(run: runs.Run, world: World) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a line for each newer one that is damaged or half written. A collective."""
-    listed = [str(path) for path in complete_checkpoints(run.checkpoints)]
-    halves = sorted(path.name.strip(".").removesuffix(".part") for path in run.checkpoints.glob(".step-*.part"))
-    listed, halves = gather_objects((listed, halves), world)[0]
-    problems = list[str]()
-    for path in map(Path, listed):
-        problem = problem_of(path, run, world)
-        if problem is None:
-            halves = [name for name in halves if name > path.name]
-            return path, [f"{name}: was being written when the run ended" for name in halves] + problems
-        problems.append(problem)
-    return None, [f"{name}: was being written when the run ended" for name in halves] + problems
+    return copy.deepcopy(state)  # DeepSpeed's loss scaler lives on
 
 
 # ---------------------------------------------------------------- loading
@@ -391,15 +296,6 @@ def load(engine: Any, path: Path, world: World) -> dict[str, Any]:
 def load_weights(engine: Any, path: Path) -> None:
     """For evaluating the best checkpoint at the end. All of it: ZeRO-3's weights stand in the optimizer's shards."""
     engine.load_checkpoint(str(path), tag="engine")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 24):
-            digest.update(piece)
-            signals.beat("verify")
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

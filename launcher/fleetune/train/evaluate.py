@@ -34,6 +34,7 @@ def predict(forward: Forward, split: Split, batch_size: int, pad_token_id: int, 
             logits = forward(collate(split, rows, pad_token_id).to(world.device).inputs)
             if len(rows):  # a filler batch only keeps the collectives in step
                 pieces.append((rows, logits.float().cpu().numpy()))
+    signals.beat("evaluation")
     gathered = [piece for rank in gather_objects(pieces, world) for piece in rank]
     order = np.concatenate([rows for rows, _ in gathered])
     predicted = np.concatenate([values for _, values in gathered]).astype(np.float64)

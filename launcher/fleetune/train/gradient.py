@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +20,12 @@ from safetensors.torch import save_file
 
 from fleetune import runs
 from fleetune.schema import Recipe, RecipeError
-from fleetune.train import distributed, engine, signals
+from fleetune.train import distributed, engine
 from fleetune.train.batches import compose_epoch
-from fleetune.train.data import DataError
 from fleetune.train.distributed import World
-from fleetune.train.loop import NonFiniteLoss, augmenter, forward_backward, read_window, set_up
-from fleetune.train.model import ModelError
+from fleetune.train.loop import augmenter, forward_backward, read_window, set_up
 from fleetune.train.progress import Progress
+from fleetune.train.rank import run_rank
 from fleetune.train.sources import Ints
 from fleetune.train.speed import Meter
 
@@ -91,36 +88,19 @@ def save_gradient(gradient: Gradient, path: Path) -> None:
     beside.replace(path)
 
 
-def main() -> int:
-    signals.listen()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def main(world: World) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--batch", type=int, default=0, help="which of the epoch's global batches; -1 is the last")
     parser.add_argument("--float64", action="store_true", help="model and gradient in fp64; ZeRO stage 0 alone")
     arguments = parser.parse_args()
-    try:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        world = distributed.start()
-        gradient = batch_gradient(runs.Run(arguments.run), world, arguments.batch, arguments.float64)
-        if world.is_main:
-            save_gradient(gradient, arguments.out)
-        distributed.barrier()
-        distributed.stop()
-    except (NonFiniteLoss, DataError, ModelError, RecipeError) as error:
-        print(f"fleetune: error: {error}", file=sys.stderr, flush=True)
-        return runs.FAILED_FOR_GOOD
-    except Exception as error:
-        traceback.print_exc()
-        print(f"fleetune: error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return runs.FAILED
+    gradient = batch_gradient(runs.Run(arguments.run), world, arguments.batch, arguments.float64)
+    if world.is_main:
+        save_gradient(gradient, arguments.out)
+    distributed.barrier()
     return runs.DONE
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not through interpreter shutdown: after an error, the process group would wait for ranks that are gone.
-    os._exit(code)
+    run_rank(main)

@@ -17,7 +17,7 @@ import torch
 
 from fleetune import runs
 from fleetune.schema import Batch, Recipe, cut_batch, total_steps
-from fleetune.train import checkpoint, distributed, engine, model_folder, signals, zero
+from fleetune.train import checkpoint, distributed, engine, manifest, model_folder, signals, zero
 from fleetune.train.batches import Augmenter, MicroBatch, collate, compose_epoch, cut_window
 from fleetune.train.data import Prepared, prepare
 from fleetune.train.distributed import World
@@ -90,6 +90,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
         stop, writing = distributed.any_rank([signals.stop_requested(), saver.is_writing], world)
         if saver.is_open and not writing:
             note.saved(saver.finish(), progress.step)
+            signals.beat("step")
         if stop:
             break
 
@@ -102,6 +103,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
                 continue
             progress.judge(metrics, recipe)
             note.evaluated(progress.step, metrics, progress.best_step == progress.step)
+            signals.beat("step")
 
         # Save with each evaluation that is the best, every save_steps or evaluation, and at the end.
         last = last or progress.stops_early(recipe)
@@ -139,7 +141,8 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
                     f"step {progress.step + 1}: the gradient's norm is {grad_norm}; {_rows(window, world)}"
                 )
         except NonFiniteLoss:
-            saver.finish()  # the last checkpoint may still be on its way to the disk
+            with contextlib.suppress(checkpoint.SaveFailed):  # the last checkpoint may still be on its way to the disk
+                note.saved(saver.finish(), progress.step)
             raise
         progress.count(rows, examples, tokens, time.perf_counter() - start)
         epoch = progress.epoch + progress.position / len(batches)
@@ -203,14 +206,14 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
 
 def _resume(setup: Setup) -> Progress:
     """From the newest good checkpoint, or from the start."""
-    found, damaged = checkpoint.newest_good(setup.run, setup.world)
+    found, damaged = manifest.newest_good(setup.run, setup.world)
     state = checkpoint.load(setup.engine, found, setup.world) if found is not None else {}
     progress = Progress(**state)
     if setup.world.is_main:
         for problem in damaged:
             say(f"checkpoint {problem}")
-        if damaged:
-            say(f"checkpoint {found.name} is used" if found else "no checkpoint is left that is whole: from the start")
+        if damaged and found is not None:
+            say(f"checkpoint {found.name} is used")
         precision = "bf16" if setup.recipe.training.bf16 else "fp16" if setup.recipe.training.fp16 else "fp32"
         begin = f"resuming after step {progress.step}" if found else "training"
         say(
@@ -282,8 +285,8 @@ def _finish(setup: Setup, progress: Progress) -> bool:
     run, world = setup.run, setup.world
     signals.beat("finish")
     if progress.best_step is not None and progress.best_step != progress.step:
-        best = checkpoint.checkpoint_path(run.checkpoints, progress.best_step)
-        if checkpoint.problem_of(best, run, world) is None:
+        best = manifest.checkpoint_path(run.checkpoints, progress.best_step)
+        if manifest.problem_of(best, run, world) is None:
             checkpoint.load_weights(setup.engine, best)
         else:
             progress.best_step, progress.best_metrics = None, progress.last_metrics

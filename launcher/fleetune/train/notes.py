@@ -80,7 +80,10 @@ class Notes:
             return
         if self.books.feeder is not None:
             _tell(self.books, tracking.stop_feeder(self.books.feeder, self.books.run.path, finished=finished))
-        self.books.log.close()
+        try:
+            self.books.log.close()
+        except OSError as error:  # all that a checkpoint needs has been synced with it
+            say(f"{self.books.run.metrics} lacks its last lines: {error.strerror}")
         if not finished:
             say(f"stopped after step {step}/{self.books.total_steps}; the same command goes on from there")
 

@@ -6,6 +6,7 @@ saving is a collective, and would deadlock inside a handler. SIGUSR1 prints ever
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -47,7 +48,8 @@ def stop_requested() -> bool:
 
 
 def beat(phase: str) -> None:
-    """Says that this rank gets on, and with what: `step`, `evaluation`, `save`, `finish`, `exit`."""
+    """Says that this rank gets on, and with what: `verify`, `step`, `evaluation`, `save`, `finish`, `exit`."""
     if _beats:
         _beats[0] += 1
-        os.pwrite(_beats[1], f"{_beats[0]} {phase}".ljust(40).encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk
+            os.pwrite(_beats[1], f"{_beats[0]} {phase}".ljust(40).encode(), 0)

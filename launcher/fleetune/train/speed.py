@@ -88,7 +88,10 @@ def available_memory() -> int:
         for folder in (path := Path("/sys/fs/cgroup") / group, *path.parents[: len(path.parents) - 3]):
             limit = (folder / "memory.max").read_text(encoding="ascii").strip()
             if limit != "max":
-                available = min(available, int(limit) - int((folder / "memory.current").read_text(encoding="ascii")))
+                used = int((folder / "memory.current").read_text(encoding="ascii"))
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines())
+                cached = int(statistics["inactive_file"])  # of files just written, say; it is given back when asked for
+                available = min(available, int(limit) - used + cached)
     return available
 
 

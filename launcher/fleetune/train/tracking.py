@@ -69,7 +69,7 @@ class MetricsLog:
                 if line["step"] < resume_step
                 or (line["step"] == resume_step and not (again and any(key.startswith("eval/") for key in line)))
             ]
-            runs.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            runs.write_text(path, "".join(json.dumps(line) + "\n" for line in kept), sync=True)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._left = b""  # what a full disk has not taken yet
 
