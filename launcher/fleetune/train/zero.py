@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet; what starts it first sets this for the whole process, and on ZeRO-3 that is the model."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # The shared-memory all-reduce serves inference alone, and building it takes a compiler and a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 class _Zero3Config:
@@ -26,6 +38,7 @@ def partitioned(config: dict[str, Any]) -> Iterator[None]:
     if config["zero_optimization"]["stage"] != 3:
         yield
         return
+    import_deepspeed()
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
     held = _Zero3Config(config)  # Transformers keeps a weak reference
@@ -44,6 +57,10 @@ def numel(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def shape(parameter: nn.Parameter) -> torch.Size:
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def gathered_state_dict(model: nn.Module, is_main: bool) -> dict[str, torch.Tensor]:
     """The whole state on CPU, on the main rank alone; a collective on ZeRO-3, one parameter in full at a time."""
     state: dict[str, torch.Tensor] = {}
@@ -52,9 +69,7 @@ def gathered_state_dict(model: nn.Module, is_main: bool) -> dict[str, torch.Tens
     for name, tensor in persistent.items():
         parameter = parameters.get(name)
         if parameter is not None and is_partitioned(parameter):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([parameter]):
+            with import_deepspeed().zero.GatheredParameters([parameter]):
                 if is_main:
                     state[name] = parameter.detach().cpu().clone()
         elif is_main:
