@@ -1,13 +1,18 @@
-"""Several runs, one after the other, by one group of real ranks: starting Python and torch costs more than training.
+"""Jobs for groups of real ranks: training runs and gradients, one after the other, one group after the other.
 
-As a program: what each rank runs.
+Starting Python and torch costs more than a tiny model's training, so one process imports everything and forks the ranks
+of every group. As a program: that process.
 """
 
 from __future__ import annotations
 
+import gc
+import json
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,16 @@ from fleetune.recipe import parse_recipe
 ROOT = Path(__file__).parents[2]
 
 
+@dataclass(frozen=True)
+class Job:
+    """Trains the run in `folder`, or writes one of its gradients to `gradient`."""
+
+    folder: str
+    gradient: str | None = None
+    batch: int = 0
+    float64: bool = False
+
+
 def make_run(values: dict[str, Any], world_size: int) -> runs.Run:
     import yaml
 
@@ -25,48 +40,87 @@ def make_run(values: dict[str, Any], world_size: int) -> runs.Run:
     return runs.open_run(recipe, {"nodes": 1, "nproc_per_node": world_size, "threads": 1})
 
 
-def train_together(folders: list[runs.Run], world_size: int, timeout: float = 300.0) -> None:
-    """Raises AssertionError with a rank's output where one fails."""
-    paths = os.pathsep.join([str(ROOT / "launcher"), str(ROOT / "kernels")])
-    environment = rank_environment() | {
-        "WORLD_SIZE": str(world_size),
+def group_environment() -> dict[str, str]:
+    """Of every rank on this machine."""
+    return rank_environment() | {
+        "CUDA_VISIBLE_DEVICES": "",  # several ranks cannot share a GPU
+        "DS_ACCELERATOR": "cpu",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": paths,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "launcher"), str(ROOT / "kernels")]),
     }
-    command = [sys.executable, __file__, *(str(run.path) for run in folders)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(world_size)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
+
+
+def rank_variables(rank: int = 0, world_size: int = 1, port: int | None = None) -> dict[str, str]:
+    """Of one rank; by itself it finds a port."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
+    return {name: str(value) for name, value in {**ranks, "MASTER_PORT": port or _free_port()}.items()}
+
+
+def train_together(folders: list[runs.Run], world_size: int, timeout: float = 300.0) -> None:
+    """Raises AssertionError with the ranks' output where one fails."""
+    work_together([(world_size, [Job(str(run.path)) for run in folders])], timeout)
+
+
+def work_together(groups: list[tuple[int, list[Job]]], timeout: float = 300.0) -> None:
+    """Each group's jobs by its number of ranks. Raises AssertionError with the ranks' output where one fails."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, json.dumps([[size, [asdict(job) for job in jobs]] for size, jobs in groups])],
+        env=group_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, output[-6000:]
+
+
+def _import_everything() -> None:
+    import datasets  # noqa: F401
+    import deepspeed  # noqa: F401
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401
+    from transformers.models.bert import modeling_bert  # noqa: F401
+
+    from fleetune.train import gradient, loop  # noqa: F401
+
+    torch.set_num_threads(1)  # threads do not live through a fork
+    gc.freeze()  # ZeRO-3 collects garbage whenever it starts, and need not look through all of that
+
+
+def _work(rank: int, world_size: int, port: int, jobs: list[Job]) -> None:
+    """What each rank does."""
+    from fleetune.train import distributed
+    from fleetune.train.gradient import batch_gradient, save_gradient
+    from fleetune.train.loop import train
+
+    os.environ |= rank_variables(rank, world_size, port)
+    world = distributed.start()
+    for job in jobs:
+        run = runs.Run(Path(job.folder))
+        if job.gradient is None:
+            train(run, world, run.path)
+            continue
+        found = batch_gradient(run, world, job.batch, job.float64)
+        if world.is_main:
+            save_gradient(found, Path(job.gradient))
+    distributed.barrier()
+    distributed.stop()
 
 
 def main() -> None:
-    import torch
+    _import_everything()
+    from torch.multiprocessing import start_processes
 
-    from fleetune.train import distributed
-    from fleetune.train.loop import train
-
-    torch.set_num_threads(1)
-    world = distributed.start()
-    for folder in sys.argv[1:]:
-        train(runs.Run(Path(folder)), world, Path(folder))
-    distributed.stop()
+    for world_size, jobs in json.loads(sys.argv[1]):
+        arguments = (world_size, _free_port(), [Job(**job) for job in jobs])
+        start_processes(_work, arguments, nprocs=world_size, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def train(run: runs.Run, world: World, logs: Path) -> None:
         NonFiniteLoss: a loss, before the optimizer step, or a gradient; the last checkpoint is good either way.
         DataError, ModelError: what the recipe names is not there.
     """
-    setup = _set_up(run, world)
+    setup = set_up(run, world)
     recipe, data, total = setup.recipe, setup.data, setup.total_steps
     progress = _resume(setup)
     first_step, meter = progress.step + 1, Meter(progress, setup.parameters, world)
@@ -102,7 +102,7 @@ def train(run: runs.Run, world: World, logs: Path) -> None:
                 ]
             rate = learning_rate(recipe.training, progress.step, total)
             engine.set_learning_rate(setup.engine, rate)
-            losses, examples, tokens = _forward_backward(setup, window, meter, progress.step + 1)
+            losses, examples, tokens = forward_backward(setup, window, meter, progress.step + 1)
             with meter.part("step"):
                 setup.engine.step()
             losses |= setup.engine.penalty_values
@@ -161,13 +161,16 @@ def train(run: runs.Run, world: World, logs: Path) -> None:
         _tell(tracking.stop_feeder(feeder, run.path), told)
 
 
-def _set_up(run: runs.Run, world: World) -> Setup:
+def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Setup:
+    """Data, model and engine for RUN; with `dtype` the recipe's weights are converted to it."""
     recipe = run.recipe()
     batch = cut_batch(recipe.training, world.world_size)
     tokenizer = load_tokenizer(recipe)
     data = prepare(recipe, tokenizer)
     config = engine.deepspeed_config(recipe, batch)
     model = build_model(recipe, data.label_names, engine.weights_dtype(recipe), config)
+    if dtype is not None:
+        model.to(dtype)
     sizes = {name: zero.numel(p) for name, p in model.named_parameters()}
     trainable = {name: sizes[name] for name, p in model.named_parameters() if p.requires_grad}
     started = engine.start_engine(model, recipe, config, build_penalties(recipe, trainable))
@@ -205,7 +208,7 @@ def _resume(setup: Setup) -> Progress:
     return progress
 
 
-def _forward_backward(
+def forward_backward(
     setup: Setup, window: list[MicroBatch], meter: Meter, step: int
 ) -> tuple[dict[str, float], int, int]:
     """Over one accumulation window: (each term's loss over all ranks, examples, tokens).
