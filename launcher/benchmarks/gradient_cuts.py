@@ -1,11 +1,11 @@
 """The gradient of one global batch, however it is cut: MiniLM-L6 without dropout, 16 reviews of the quickstart.
 
-    python launcher/benchmarks/gradient_cuts.py      # 16 minutes of CPU time, and 10 GB for eight ranks
+    python launcher/benchmarks/gradient_cuts.py      # 16 minutes of CPU time
 
 Each loss's gradient over one rank and one micro-batch of 16, without ZeRO, is the reference. Every other cut under
 every ZeRO stage is compared with it in fp32, and in fp64 without ZeRO, since the stages add gradients up in fp32.
 Errors are relative to the norm of the whole reference gradient: of the whole gradient, and of the worst single tensor.
-The fp32 reference is held against fp64 too: no cut is further from it than it is from the truth, or hardly. On ZeRO-3
+The fp32 reference is held against fp64 too: no cut is further from it than it is from the truth. On ZeRO-3
 the error of 1 x 1 is there before anything is cut: DeepSpeed's linear layers there add the bias after the product.
 """
 
