@@ -1,6 +1,6 @@
 """How long training stands still for a checkpoint, with the files written at once and in the background.
 
-    python launcher/benchmarks/save_time.py      # about 6 minutes on 2 cores
+    python launcher/benchmarks/save_time.py      # about 4 minutes on 2 cores
 
 MiniLM-L6 (22.7M parameters) and a BERT of base's size (110M, fresh weights), AdamW in fp32 under ZeRO-2 on two ranks of
 one thread. Each trains a few steps and saves after every second one; the first save of a run is left out. In turn, so
@@ -22,7 +22,7 @@ import record
 ROOT = Path(__file__).parents[2]
 BASE = "{hidden_size: 768, num_hidden_layers: 12, num_attention_heads: 12, intermediate_size: 3072}"
 MODELS: dict[str, list[str]] = {"22M": [], "110M": ["model.from_scratch=true", f"model.config={BASE}"]}
-ROUNDS = 2
+ROUNDS = 1
 
 
 def run(model: str, in_background: bool) -> dict[str, Any]:
