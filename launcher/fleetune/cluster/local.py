@@ -333,7 +333,7 @@ class _Ranks:
     def _hang(self, silence: Silence) -> tuple[int, str]:
         left = {rank: process.pid for rank, process in enumerate(self.processes) if process.poll() is None}
         lines = where_each_is(left, {rank: self.log(rank) for rank in left})
-        doing = "starting" if silence.phase == "start" else f"in its {silence.phase}"
+        doing = "as they start" if silence.phase == "start" else f"in their {silence.phase}"
         reason = (
             f"the ranks hang {doing}: no sign of rank {silence.rank} for {silence.seconds:.0f} s, "
             f"and {silence.limit:.0f} s is the most it may take"

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import psutil
 
-LEAST_SECONDS, TIMES = 60.0, 20.0  # a step may take this many times the longest so far, and at least so long
-UNKNOWN_SECONDS = 1800.0  # for what has not been seen yet, and for what has no usual length: loading, saving
+TIMES = 20.0  # a beat may be this many times later than the latest so far
+LEAST_SECONDS = {"step": 60.0, "evaluation": 60.0, "save": 600.0}  # and so late in any case: disks have moods
+UNKNOWN_SECONDS = 1800.0  # for what has not been seen yet, and for what has no usual length, as loading
 EXIT_SECONDS = 60.0
 FROZEN_SECONDS = 10.0  # between two looks, which else are a tenth of a second apart
-LEARNT = ("step", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Beats:
         """Seconds that may pass without a beat."""
         if phase == "step" and self.hang_timeout is not None:
             return self.hang_timeout
-        if phase in LEARNT and phase in self.longest:
-            return max(LEAST_SECONDS, TIMES * self.longest[phase])
+        if phase in LEAST_SECONDS and phase in self.longest:
+            return max(LEAST_SECONDS[phase], TIMES * self.longest[phase])
         return EXIT_SECONDS if phase == "exit" else UNKNOWN_SECONDS
 
     def _read(self, rank: int) -> str:
