@@ -120,7 +120,7 @@ def _sections(annotation: Any) -> list[type[Section]]:
 
 
 def keys(section: type[Section] = Recipe, path: str = "") -> Iterator[Key]:
-    for name, info in section.model_fields.items():
+    for name, info in ((info.alias or name, info) for name, info in section.model_fields.items()):
         here, annotation = f"{path}{name}", _without_none(info.annotation)
         base = REGRESSION if section.__name__ == "MeanSquaredError" else CLASSIFICATION
         yield Key(here, annotation, info, base)
