@@ -274,8 +274,8 @@ def test_the_model_folder_gives_the_logits_that_training_had(models: dict[str, r
     world = World(0, 1, 0, torch.device("cpu"))
     split = prepare(recipe, tokenizer).splits["validation"]
     found = evaluate(forward, split, recipe, tokenizer.pad_token_id, world)
-    # DeepSpeed's linear layers of ZeRO-3 add the bias after the product, which bf16 rounds once more (2^-9).
-    rounding = 2e-3 if "stage 3, bf16" in setting else 1e-5
+    # DeepSpeed's linear layers of ZeRO-3 add the bias after the product, which bf16 rounds once more: 1.2e-5 was seen.
+    rounding = 1e-4 if "stage 3, bf16" in setting else 1e-5
     assert found == pytest.approx(runs.read_json(run.eval)["validation"], rel=rounding, abs=1e-7)
     assert next(model.parameters()).dtype == (torch.bfloat16 if "bf16" in setting and not autocast else torch.float32)
 
