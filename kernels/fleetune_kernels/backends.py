@@ -1,0 +1,67 @@
+"""Which implementation runs, and what every op says to wrong arguments."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def choose(backend: str, tensor: torch.Tensor) -> str:
+    """`triton` for a tensor on a GPU, `torch` elsewhere, where `auto` is asked for.
+
+    `triton` also runs on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 before the first import).
+
+    Raises:
+        ValueError: an unknown backend, or triton where it cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r}; should be one of {', '.join(BACKENDS)}")
+    able = tensor.dtype in KERNEL_DTYPES and importlib.util.find_spec("triton") is not None
+    if backend == "auto":
+        return "triton" if able and tensor.is_cuda else "torch"
+    if backend == "triton":
+        if tensor.dtype not in KERNEL_DTYPES:
+            raise ValueError(f"backend: triton takes float32, bfloat16 or float16, not {tensor.dtype}; use torch")
+        if not able:
+            raise ValueError("backend: triton is not installed; use torch")
+        if not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+            raise ValueError(f"backend: triton needs a GPU, the tensor is on {tensor.device}; use auto or torch")
+    return backend
+
+
+def one_of(name: str, value: str, legal: Sequence[str]) -> None:
+    if value not in legal:
+        raise ValueError(f"{name}: {value!r}; should be one of {', '.join(legal)}")
+
+
+def same_shape(name: str, tensor: torch.Tensor | None, shape: torch.Size, of: str) -> None:
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)} does not fit {of} of shape {tuple(shape)}")
+
+
+def floating(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: {tensor.dtype}; should be floating-point")
+
+
+def same_device(tensor: torch.Tensor, of: str, **others: torch.Tensor | None) -> None:
+    """Every tensor of `others`, by name, lies where `tensor`, the argument `of`, does."""
+    for name, other in others.items():
+        if other is not None and other.device != tensor.device:
+            raise ValueError(f"{name}: on {other.device}; {of} is on {tensor.device}")
+
+
+def once(name: str) -> None:
+    """What every backward says first: the gradients are formed by hand, so nothing can be differentiated through them.
+
+    Raises:
+        RuntimeError: in a backward pass with `create_graph=True`.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} cannot be differentiated twice (create_graph=True); use backend='reference'")

@@ -1,0 +1,41 @@
+"""Launch settings of the Triton kernels, one small table for each architecture; nothing is tuned while training runs.
+
+`python kernels/benchmarks/tune.py` finds them on the GPU it runs on and prints the lines for this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    block: tuple[int, ...]  # the kernel's block sizes, in the order that it names them
+    num_warps: int
+    num_stages: int = 2
+
+
+# Kernel, then architecture; "" serves every other one.
+TABLE: dict[str, dict[str, Launch]] = {}
+
+
+def settings(kernel: str, device: torch.device) -> Launch:
+    """The settings for a kernel on a device; on a CPU (the interpreter) those of an unknown GPU."""
+    return for_architecture(kernel, _architecture(device))
+
+
+def for_architecture(kernel: str, architecture: str) -> Launch:
+    by_architecture = TABLE[kernel]
+    return by_architecture.get(architecture, by_architecture[""])
+
+
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    if torch.version.hip:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

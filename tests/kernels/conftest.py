@@ -1,0 +1,10 @@
+"""The kernels run in Triton's interpreter where no GPU is at hand; asked for before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
