@@ -1,5 +1,6 @@
 """Losses for fine-tuning. On torch and triton alone; usable without Fleetune."""
 
-from fleetune_kernels.reference import cross_entropy, supervised_weight
+from fleetune_kernels.reference import Stats, supervised_weight
+from fleetune_kernels.softmax_cross_entropy import check_labels, cross_entropy
 
-__all__ = ["cross_entropy", "supervised_weight"]
+__all__ = ["Stats", "check_labels", "cross_entropy", "supervised_weight"]

@@ -18,7 +18,15 @@ class Launch:
 
 
 # Kernel, then architecture; "" serves every other one.
-TABLE: dict[str, dict[str, Launch]] = {}
+TABLE: dict[str, dict[str, Launch]] = {
+    "cross_entropy": {
+        "": Launch((4096,), 8),
+        "sm_80": Launch((8192,), 16),
+        "sm_90": Launch((16384,), 32),
+        "sm_100": Launch((16384,), 32),
+    },
+    "scale": {"": Launch((4096,), 8)},
+}
 
 
 def settings(kernel: str, device: torch.device) -> Launch:
@@ -39,3 +47,10 @@ def _architecture(device: torch.device) -> str:
         return name.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def programs(rows: int, device: torch.device) -> int:
+    """One for each multiprocessor, so that the rows in flight fit the L2 cache."""
+    if device.type != "cuda":
+        return min(rows, 4)
+    return min(rows, torch.cuda.get_device_properties(device).multi_processor_count)

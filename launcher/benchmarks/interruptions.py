@@ -32,7 +32,7 @@ from fleetune.schema import Recipe
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 from tiny import recipe_values, write_model, write_rows
 
-STAGES, SEEDS, KILLS, STOPS, STEPS = (0, 1, 2, 3), range(5), 5, 5, 24
+STAGES, SEEDS, KILLS, STOPS, STEPS = (0, 1, 2, 3), range(6), 5, 5, 24
 LAYOUT = Layout(nodes=1, nproc_per_node=2, threads=1)
 
 

@@ -86,7 +86,7 @@ def _cross_entropy(loss: CrossEntropy, device: torch.device) -> Term:
         return supervised_weight(batch.labels, weight=weight, token_weights=batch.weights)
 
     def forward(logits: torch.Tensor, batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(
+        value: torch.Tensor = cross_entropy(
             logits,
             batch.labels,
             weight=weight,
@@ -94,6 +94,7 @@ def _cross_entropy(loss: CrossEntropy, device: torch.device) -> Term:
             label_smoothing=loss.label_smoothing,
             num_items=num_items,
         )
+        return value
 
     return Term("cross_entropy", loss.weight, divisor, forward)
 

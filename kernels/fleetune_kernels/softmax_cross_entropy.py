@@ -1,0 +1,387 @@
+"""Softmax cross-entropy from logits, with its gradient formed in the forward pass.
+
+    x = softcap(logit_scale logits);  lse_i = log sum_c exp x_ic;  eps, w, u = label_smoothing, weight, token_weights
+    CE_i = (1 - eps) w[y_i] (lse_i - x_i[y_i]) + eps/V sum_c w_c (lse_i - x_ic)
+    loss = sum_i u_i (CE_i + z_loss lse_i² w[y_i]) / num_items
+
+    d/dx_ic = u_i/num_items (A_i softmax(x_i)_c - (1 - eps) w[y_i] [c = y_i] - eps/V w_c),
+    A_i = (1 - eps) w[y_i] + eps/V sum_c w_c + 2 z_loss w[y_i] lse_i
+
+Memory beyond the logits: their gradient, in their own dtype, and in torch a block of rows that fits the cache. The
+logits are read once from memory (the second reading meets them in the L2 cache) and the gradient written once.
+Label smoothing and class weights as in PyTorch; the z-loss is PaLM's (arXiv 2204.02311).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fleetune_kernels import reference
+from fleetune_kernels.backends import choose, floating, once, one_of, same_device, same_shape
+from fleetune_kernels.reference import Stats, at_least_tiny, supervised_weight
+
+REDUCTIONS = ("none", "mean", "sum")
+# Bytes of a block of rows that the passes of the torch backend share: small enough for the cache.
+BLOCK_BYTES = 2**21
+# Below it a call of the plain functions costs less than the bookkeeping of a fused one.
+SMALL = 2**15
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the loss of a row depends on beside its logits, its label and the class weights."""
+
+    vocab_size: int
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0  # 0: none
+    logit_scale: float = 1.0
+    with_stats: bool = False
+
+
+def cross_entropy(
+    logits: torch.Tensor,  # (..., V)
+    labels: torch.Tensor,  # (...), integer classes or ignore_index
+    *,
+    weight: torch.Tensor | None = None,  # (V,), by class
+    token_weights: torch.Tensor | None = None,  # (...), by row
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,  # only the first columns count; the rest is padding
+    reduction: str = "mean",
+    num_items: torch.Tensor | None = None,  # scalar, on the device
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """The loss in fp32 (fp64 for fp64): a scalar, or one by row for reduction none; (loss, Stats) with `return_stats`.
+
+    mean divides by `num_items`, which the caller counted over all ranks and micro-batches, or else by the weight of
+    the rows that are supervised here. Rows with `ignore_index` count nothing; where all are, the loss is 0 and so are
+    the gradients. `logits` alone is differentiated, and once: its gradient is handed out by the first backward pass.
+
+    Raises:
+        ValueError: an argument that is wrong, by name; a label that is no class (on a GPU such a label makes the loss
+            nan instead, since a check would wait for the device; see `check_labels`).
+        RuntimeError: a second backward pass through the same loss, or one with create_graph=True.
+    """
+    options = checked_options(
+        logits.shape[-1], vocab_size, ignore_index, label_smoothing, z_loss, softcap, logit_scale, return_stats
+    )
+    floating("logits", logits)
+    check_rows(logits, "logits", labels, weight, token_weights, options.vocab_size, reduction)
+    which = choose(backend, logits)
+    if which == "reference" or (backend == "auto" and logits.numel() <= SMALL and not logits.is_cuda):
+        check_on_cpu(labels, options)
+        return reference.cross_entropy(
+            logits,
+            labels,
+            weight=weight,
+            token_weights=token_weights,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            vocab_size=vocab_size,
+            reduction=reduction,
+            num_items=num_items,
+            return_stats=return_stats,
+        )
+    divisor = mean_divisor(logits, labels, weight, token_weights, ignore_index, num_items, reduction)
+    loss, _, stats = torch.ops.fleetune.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        labels.reshape(-1),
+        None if weight is None else weight.detach(),
+        None if token_weights is None else token_weights.detach().reshape(-1),
+        divisor,
+        reduction != "none",
+        logits.requires_grad and torch.is_grad_enabled(),
+        which,
+        *asdict(options).values(),
+    )
+    loss = loss if reduction != "none" else loss.reshape(labels.shape)
+    return (loss, Stats(*stats.reshape(4, *labels.shape).unbind())) if return_stats else loss
+
+
+def check_labels(labels: torch.Tensor, vocab_size: int, ignore_index: int = -100) -> None:
+    """Waits for the device.
+
+    Raises:
+        ValueError: a label that is neither a class nor ignore_index, with its value.
+    """
+    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))]
+    if wrong.numel():
+        found, last = int(wrong.flatten()[0]), vocab_size - 1
+        raise ValueError(f"labels: {found} is no class; should be 0 to {last}, or {ignore_index} to ignore the row")
+
+
+def checked_options(
+    width: int,
+    vocab_size: int | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    return_stats: bool,
+) -> Options:
+    if vocab_size is not None and not 0 < vocab_size <= width:
+        raise ValueError(f"vocab_size: {vocab_size}; should be 1 to {width}, the width of the logits")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: {label_smoothing}; should be 0 to 1")
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap: {softcap}; should be above 0, or None")
+    columns = width if vocab_size is None else vocab_size
+    return Options(columns, ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale, return_stats)
+
+
+def check_rows(
+    scores: torch.Tensor,  # (..., V) or (..., D): its leading shape counts
+    name: str,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None,
+    token_weights: torch.Tensor | None,
+    vocab_size: int,
+    reduction: str,
+) -> None:
+    one_of("reduction", reduction, REDUCTIONS)
+    if labels.shape != scores.shape[:-1]:
+        raise ValueError(f"labels: shape {tuple(labels.shape)} does not fit {name} of shape {tuple(scores.shape)}")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels: {labels.dtype}; should be integers")
+    same_shape("token_weights", token_weights, labels.shape, "labels")
+    same_shape("weight", weight, torch.Size([vocab_size]), f"{vocab_size} classes")
+    same_device(scores, name, labels=labels, weight=weight, token_weights=token_weights)
+
+
+def check_on_cpu(labels: torch.Tensor, options: Options) -> None:
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_labels(labels, options.vocab_size, options.ignore_index)
+
+
+def mean_divisor(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None,
+    token_weights: torch.Tensor | None,
+    ignore_index: int,
+    num_items: torch.Tensor | None,
+    reduction: str,
+) -> torch.Tensor:
+    """What the sum is divided by, as a scalar on the device, in the dtype of the loss."""
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if reduction != "mean":
+        return torch.ones((), dtype=dtype, device=scores.device)
+    if num_items is None:
+        num_items = supervised_weight(labels, weight=weight, token_weights=token_weights, ignore_index=ignore_index)
+    return at_least_tiny(num_items.detach().to(scores.device), dtype)
+
+
+@torch.library.custom_op("fleetune::cross_entropy", mutates_args=())
+def _op(
+    logits: torch.Tensor,  # (N, V)
+    labels: torch.Tensor,  # (N,)
+    weight: torch.Tensor | None,  # (V,)
+    token_weights: torch.Tensor | None,  # (N,)
+    divisor: torch.Tensor,  # scalar
+    reduce: bool,
+    with_gradient: bool,
+    backend: str,
+    vocab_size: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    with_stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss, the gradient (N, V) of the reduced loss (nothing where it is not reduced), the stats (4, N)."""
+    options = Options(vocab_size, ignore_index, label_smoothing, z_loss, softcap, logit_scale, with_stats)
+    check_on_cpu(labels, options)
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    scale = divisor.new_ones(labels.shape) if token_weights is None else token_weights.to(divisor.dtype)
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if with_gradient and reduce else None
+    losses, stats = rows(logits, gradient, labels, scale / divisor, weight, options, backend)
+    losses = losses * scale
+    return (
+        losses.sum() / divisor if reduce else losses,
+        logits.new_empty(0) if gradient is None else gradient,
+        losses.new_empty(4, 0) if stats is None else stats,
+    )
+
+
+@_op.register_fake
+def _(logits, labels, weight, token_weights, divisor, reduce, with_gradient, *options):  # type: ignore[no-untyped-def]
+    return (
+        divisor.new_empty(() if reduce else labels.shape),
+        logits.new_empty(logits.shape if with_gradient and reduce else (0,)),
+        divisor.new_empty((4, labels.shape[0] if options[-1] else 0)),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    logits, labels, weight, token_weights, divisor, ctx.reduce, _, ctx.backend, *ctx.options = inputs
+    # The gradient is there already; by row it depends on what comes back, so it is formed then.
+    ctx.save_for_backward(*((output[1],) if ctx.reduce else (logits, labels, weight, token_weights, divisor)))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, of_loss: torch.Tensor | None, *_: object) -> tuple[Any, ...]:
+    once("cross_entropy")
+    none = (None,) * (7 + len(ctx.options))
+    if of_loss is None:
+        return None, *none
+    if ctx.reduce:
+        (gradient,) = ctx.saved_tensors
+        # In place: a second backward pass then finds a tensor that was changed, and autograd refuses it.
+        torch.ops.fleetune.scale_(gradient, of_loss, ctx.backend)
+        return gradient, *none
+    logits, labels, weight, token_weights, divisor = ctx.saved_tensors
+    scale = of_loss if token_weights is None else of_loss * token_weights
+    one = torch.ones_like(divisor)
+    _, gradient, _ = torch.ops.fleetune.cross_entropy(
+        logits, labels, weight, scale, one, True, True, ctx.backend, *ctx.options
+    )
+    return gradient, *none
+
+
+_op.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("fleetune::scale_", mutates_args=("gradient",))
+def scale_(gradient: torch.Tensor, factor: torch.Tensor, backend: str) -> None:
+    """gradient *= factor; a factor of 1 costs nothing."""
+    if backend == "triton":
+        from fleetune_kernels.triton.cross_entropy import scale_ as scale_on_gpu
+
+        scale_on_gpu(gradient, factor)
+    elif gradient.is_cuda or factor != 1.0:
+        gradient.mul_(factor)
+
+
+def rows(
+    logits: torch.Tensor,  # (N, V), the last axis contiguous
+    gradient: torch.Tensor | None,  # (N, V) to write it to; may be the logits themselves
+    labels: torch.Tensor,  # (N,)
+    coefficients: torch.Tensor,  # (N,)
+    weight: torch.Tensor | None,  # (V,)
+    options: Options,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The losses (N,), without the token weights, and the stats (4, N).
+
+    Writes the gradient of sum_i coefficients_i loss_i. The columns beyond the vocabulary get 0.
+    """
+    weight = None if weight is None else weight.to(coefficients.dtype)
+    if backend == "triton":
+        from fleetune_kernels.triton.cross_entropy import rows as rows_on_gpu
+
+        return rows_on_gpu(logits, gradient, labels, coefficients, weight, **asdict(options))
+    losses = torch.empty_like(coefficients)
+    stats = coefficients.new_empty(4, len(labels)) if options.with_stats else None
+    block = max(1, BLOCK_BYTES // (options.vocab_size * coefficients.element_size()))
+    work = Workspace(min(block, len(labels)), options, coefficients)
+    for start in range(0, len(labels), block):
+        at = slice(start, start + block)
+        work.block(
+            logits[at],
+            None if gradient is None else gradient[at],
+            labels[at],
+            coefficients[at],
+            weight,
+            losses[at],
+            None if stats is None else stats[:, at],
+        )
+    return losses, stats
+
+
+class Workspace:
+    """The buffers of the torch backend, and what it does with a block of rows that fits the cache."""
+
+    def __init__(self, rows: int, options: Options, like: torch.Tensor) -> None:
+        self.options = options
+        shape = (rows, options.vocab_size)
+        self.x = like.new_empty(shape)
+        # The capped logits are wanted again for the gradient, the logits for the entropy.
+        self.kept = like.new_empty(shape) if options.softcap or options.with_stats else None
+
+    def block(
+        self,
+        logits: torch.Tensor,  # (R, V)
+        gradient: torch.Tensor | None,
+        labels: torch.Tensor,  # (R,)
+        coefficients: torch.Tensor,  # (R,)
+        weight: torch.Tensor | None,
+        losses: torch.Tensor,  # (R,), written
+        stats: torch.Tensor | None,  # (4, R), written
+    ) -> None:
+        options, count, columns = self.options, len(labels), self.options.vocab_size
+        x = self.x[:count]
+        x.copy_(logits[:, :columns])
+        if options.logit_scale != 1.0:
+            x.mul_(options.logit_scale)
+        if options.softcap:
+            x.div_(options.softcap).tanh_().mul_(options.softcap)
+        if self.kept is not None:
+            self.kept[:count].copy_(x)
+
+        supervised = labels != options.ignore_index
+        targets = labels.masked_fill(~supervised, 0).long().unsqueeze(1)  # (R, 1)
+        at_label = x.gather(1, targets).squeeze(1)
+        smoothing, of_label = options.label_smoothing, supervised.to(x.dtype)
+        if weight is not None:
+            of_label = of_label * weight[targets.squeeze(1)]
+        spread = 0.0
+        if smoothing:
+            spread = smoothing / columns
+            total = float(columns) if weight is None else weight.sum()
+            mean = x.sum(1) if weight is None else x @ weight
+        largest = x.amax(1, keepdim=True)
+        x.sub_(largest).exp_()
+        sums = x.sum(1)
+        lse = largest.squeeze(1) + sums.log()
+        losses.copy_(of_label * ((1 - smoothing) * (lse - at_label) + options.z_loss * lse.square()))
+        of_softmax = of_label * ((1 - smoothing) + 2 * options.z_loss * lse)
+        if smoothing:
+            losses.add_(supervised * spread * (total * lse - mean))
+            of_softmax = of_softmax + supervised * (spread * total)
+        if stats is not None:
+            self._stats(x, sums, lse, at_label, largest.squeeze(1), supervised, stats)
+        if gradient is None:
+            return
+        coefficients = coefficients * supervised
+        x.mul_((coefficients * of_softmax / sums).unsqueeze(1))
+        if smoothing and weight is None:
+            x.sub_((coefficients * spread).unsqueeze(1))
+        elif weight is not None and smoothing:
+            x.addcmul_(coefficients.unsqueeze(1), weight, value=-spread)
+        x.scatter_add_(1, targets, -((1 - smoothing) * coefficients * of_label).unsqueeze(1))
+        if options.softcap:
+            assert self.kept is not None
+            x.addcmul_(x, self.kept[:count].div_(options.softcap).square_(), value=-1)
+        if options.logit_scale != 1.0:
+            x.mul_(options.logit_scale)
+        gradient[:, :columns].copy_(x)
+        gradient[:, columns:].zero_()
+
+    def _stats(
+        self,
+        exponentials: torch.Tensor,  # (R, V)
+        sums: torch.Tensor,
+        lse: torch.Tensor,
+        at_label: torch.Tensor,
+        largest: torch.Tensor,
+        supervised: torch.Tensor,
+        stats: torch.Tensor,  # (4, R)
+    ) -> None:
+        assert self.kept is not None
+        moment = torch.linalg.vecdot(exponentials, self.kept[: len(lse)])
+        torch.stack([lse, lse - moment / sums, (at_label >= largest).to(lse.dtype), at_label - lse], out=stats)
+        stats.masked_fill_(~supervised, 0.0)
