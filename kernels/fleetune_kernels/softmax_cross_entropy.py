@@ -324,7 +324,10 @@ class Workspace:
     ) -> None:
         options, count, columns = self.options, len(labels), self.options.vocab_size
         x = self.x[:count]
-        x.copy_(logits[:, :columns])
+        if gradient is not None and gradient.dtype == x.dtype and gradient.shape == x.shape:
+            x = gradient  # the passes run where their result belongs
+        if x.data_ptr() != logits.data_ptr():
+            x.copy_(logits[:, :columns])
         if options.logit_scale != 1.0:
             x.mul_(options.logit_scale)
         if options.softcap:
@@ -368,8 +371,9 @@ class Workspace:
             x.addcmul_(x, self.kept[:count].div_(options.softcap).square_(), value=-1)
         if options.logit_scale != 1.0:
             x.mul_(options.logit_scale)
-        gradient[:, :columns].copy_(x)
-        gradient[:, columns:].zero_()
+        if x is not gradient:
+            gradient[:, :columns].copy_(x)
+            gradient[:, columns:].zero_()
 
     def _stats(
         self,
