@@ -25,7 +25,7 @@ from fleetune_kernels.reference import Stats, at_least_tiny, supervised_weight
 
 REDUCTIONS = ("none", "mean", "sum")
 # Bytes of a block of rows that the passes of the torch backend share: small enough for the cache.
-BLOCK_BYTES = 2**21
+BLOCK_BYTES = 2**24
 # Below it a call of the plain functions costs less than the bookkeeping of a fused one.
 SMALL = 2**15
 
@@ -287,105 +287,79 @@ def rows(
     losses = torch.empty_like(coefficients)
     stats = coefficients.new_empty(4, len(labels)) if options.with_stats else None
     block = max(1, BLOCK_BYTES // (options.vocab_size * coefficients.element_size()))
-    work = Workspace(min(block, len(labels)), options, coefficients)
+    shape = (min(block, len(labels)), options.vocab_size)
+    in_place = gradient is not None and gradient.dtype == losses.dtype and gradient.shape[1] == options.vocab_size
+    buffer = None if in_place else losses.new_empty(shape)
+    # The capped logits are wanted again for the gradient, the logits for the entropy.
+    spare = losses.new_empty(shape) if options.softcap or options.with_stats else None
     for start in range(0, len(labels), block):
-        at = slice(start, start + block)
-        work.block(
-            logits[at],
-            None if gradient is None else gradient[at],
-            labels[at],
-            coefficients[at],
-            weight,
-            losses[at],
-            None if stats is None else stats[:, at],
-        )
+        at = slice(start, min(start + block, len(labels)))
+        x = gradient[at] if buffer is None else buffer[: at.stop - start]  # type: ignore[index]
+        if x.data_ptr() != logits[at].data_ptr():
+            x.copy_(logits[at, : options.vocab_size])
+        target = gradient is not None
+        kept = None if spare is None else spare[: at.stop - start]
+        figures = None if stats is None else stats[:, at]
+        losses[at] = _block(x, labels[at], coefficients[at] if target else None, weight, options, kept, figures)
+        if gradient is not None and x.data_ptr() != gradient[at].data_ptr():
+            gradient[at, : options.vocab_size] = x
+            gradient[at, options.vocab_size :] = 0
     return losses, stats
 
 
-class Workspace:
-    """The buffers of the torch backend, and what it does with a block of rows that fits the cache."""
+def _block(
+    x: torch.Tensor,  # (R, V): the logits; the gradient is left in their place
+    labels: torch.Tensor,  # (R,)
+    coefficients: torch.Tensor | None,  # (R,), where the gradient is wanted
+    weight: torch.Tensor | None,  # (V,)
+    options: Options,
+    kept: torch.Tensor | None,  # (R, V), for a copy of the capped logits
+    stats: torch.Tensor | None,  # (4, R), written
+) -> torch.Tensor:
+    """The losses (R,) of a block of rows that fits the cache, by PyTorch's own operators, in place."""
+    smoothing, columns = options.label_smoothing, x.shape[1]
+    if options.logit_scale != 1.0:
+        x.mul_(options.logit_scale)
+    if options.softcap:
+        x.div_(options.softcap).tanh_().mul_(options.softcap)
+    if kept is not None:
+        kept.copy_(x)
+    supervised = labels != options.ignore_index
+    targets = labels.masked_fill(~supervised, 0).long()
+    at_label = x.gather(1, targets.unsqueeze(1)).squeeze(1)
+    of_label = supervised.to(x.dtype) if weight is None else supervised * weight[targets]
+    if smoothing:
+        total = float(columns) if weight is None else weight.sum()
+        weighted = x.sum(1) if weight is None else x @ weight
+    largest = x.amax(1)
+    # One pass over each row, in place, where max, exp, sum and division one by one would be five. Of the largest logit
+    # the probability is 1/sum exp(x - largest): it is what the log-sum-exp lacks.
+    torch.ops.aten._softmax.out(x, 1, False, out=x)
+    lse = largest - x.amax(1).log()
 
-    def __init__(self, rows: int, options: Options, like: torch.Tensor) -> None:
-        self.options = options
-        shape = (rows, options.vocab_size)
-        self.x = like.new_empty(shape)
-        # The capped logits are wanted again for the gradient, the logits for the entropy.
-        self.kept = like.new_empty(shape) if options.softcap or options.with_stats else None
-
-    def block(
-        self,
-        logits: torch.Tensor,  # (R, V)
-        gradient: torch.Tensor | None,
-        labels: torch.Tensor,  # (R,)
-        coefficients: torch.Tensor,  # (R,)
-        weight: torch.Tensor | None,
-        losses: torch.Tensor,  # (R,), written
-        stats: torch.Tensor | None,  # (4, R), written
-    ) -> None:
-        options, count, columns = self.options, len(labels), self.options.vocab_size
-        x = self.x[:count]
-        if gradient is not None and gradient.dtype == x.dtype and gradient.shape == x.shape:
-            x = gradient  # the passes run where their result belongs
-        if x.data_ptr() != logits.data_ptr():
-            x.copy_(logits[:, :columns])
-        if options.logit_scale != 1.0:
-            x.mul_(options.logit_scale)
-        if options.softcap:
-            x.div_(options.softcap).tanh_().mul_(options.softcap)
-        if self.kept is not None:
-            self.kept[:count].copy_(x)
-
-        supervised = labels != options.ignore_index
-        targets = labels.masked_fill(~supervised, 0).long().unsqueeze(1)  # (R, 1)
-        at_label = x.gather(1, targets).squeeze(1)
-        smoothing, of_label = options.label_smoothing, supervised.to(x.dtype)
-        if weight is not None:
-            of_label = of_label * weight[targets.squeeze(1)]
-        spread = 0.0
-        if smoothing:
-            spread = smoothing / columns
-            total = float(columns) if weight is None else weight.sum()
-            mean = x.sum(1) if weight is None else x @ weight
-        largest = x.amax(1, keepdim=True)
-        x.sub_(largest).exp_()
-        sums = x.sum(1)
-        lse = largest.squeeze(1) + sums.log()
-        losses.copy_(of_label * ((1 - smoothing) * (lse - at_label) + options.z_loss * lse.square()))
-        of_softmax = of_label * ((1 - smoothing) + 2 * options.z_loss * lse)
-        if smoothing:
-            losses.add_(supervised * spread * (total * lse - mean))
-            of_softmax = of_softmax + supervised * (spread * total)
-        if stats is not None:
-            self._stats(x, sums, lse, at_label, largest.squeeze(1), supervised, stats)
-        if gradient is None:
-            return
-        coefficients = coefficients * supervised
-        x.mul_((coefficients * of_softmax / sums).unsqueeze(1))
-        if smoothing and weight is None:
-            x.sub_((coefficients * spread).unsqueeze(1))
-        elif weight is not None and smoothing:
-            x.addcmul_(coefficients.unsqueeze(1), weight, value=-spread)
-        x.scatter_add_(1, targets, -((1 - smoothing) * coefficients * of_label).unsqueeze(1))
-        if options.softcap:
-            assert self.kept is not None
-            x.addcmul_(x, self.kept[:count].div_(options.softcap).square_(), value=-1)
-        if options.logit_scale != 1.0:
-            x.mul_(options.logit_scale)
-        if x is not gradient:
-            gradient[:, :columns].copy_(x)
-            gradient[:, columns:].zero_()
-
-    def _stats(
-        self,
-        exponentials: torch.Tensor,  # (R, V)
-        sums: torch.Tensor,
-        lse: torch.Tensor,
-        at_label: torch.Tensor,
-        largest: torch.Tensor,
-        supervised: torch.Tensor,
-        stats: torch.Tensor,  # (4, R)
-    ) -> None:
-        assert self.kept is not None
-        moment = torch.linalg.vecdot(exponentials, self.kept[: len(lse)])
-        torch.stack([lse, lse - moment / sums, (at_label >= largest).to(lse.dtype), at_label - lse], out=stats)
+    losses = of_label * ((1 - smoothing) * (lse - at_label) + options.z_loss * lse.square())
+    of_softmax = of_label * ((1 - smoothing) + 2 * options.z_loss * lse)
+    if smoothing:
+        losses += supervised * (smoothing / columns) * (total * lse - weighted)
+        of_softmax += supervised * (smoothing / columns * total)
+    if stats is not None:
+        assert kept is not None
+        entropy = lse - torch.linalg.vecdot(x, kept)
+        torch.stack([lse, entropy, (at_label >= largest).to(lse.dtype), at_label - lse], out=stats)
         stats.masked_fill_(~supervised, 0.0)
+    if coefficients is not None:
+        coefficients = coefficients * supervised
+        factor = coefficients * of_softmax
+        if factor.is_cuda or not bool((factor == 1.0).all()):  # a pass saved where asking does not wait for a device
+            x.mul_(factor.unsqueeze(1))
+        if smoothing and weight is None:
+            x.sub_((coefficients * (smoothing / columns)).unsqueeze(1))
+        elif smoothing and weight is not None:
+            x.addcmul_(coefficients.unsqueeze(1), weight, value=-smoothing / columns)
+        x.scatter_add_(1, targets.unsqueeze(1), ((smoothing - 1) * coefficients * of_label).unsqueeze(1))
+        if options.softcap:
+            assert kept is not None
+            x.addcmul_(x, kept.div_(options.softcap).square_(), value=-1)
+        if options.logit_scale != 1.0:
+            x.mul_(options.logit_scale)
+    return losses
