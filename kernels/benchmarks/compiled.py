@@ -25,6 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fleetune_kernels.launch import Launch, for_architecture
+from fleetune_kernels.triton import cross_entropy
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -57,7 +60,39 @@ class Usage:
 
 def variants(architecture: str) -> Iterator[Variant]:
     """Every variant that the ops launch on the architecture, at its settings."""
-    yield from ()
+    yield from _cross_entropy_variants(architecture)
+
+
+def variant(name: str, kernel: Any, arguments: dict[str, str], constants: dict[str, Any], launch: Launch) -> Variant:
+    """`arguments` are those passed at run time, by type; whatever else the kernel takes is None or a constant."""
+    signature = {argument: arguments.get(argument, "constexpr") for argument in kernel.arg_names}
+    fixed = {argument: constants.get(argument) for argument, kind in signature.items() if kind == "constexpr"}
+    aligned = tuple(argument for argument, kind in arguments.items() if kind.startswith("*"))
+    return Variant(name, kernel, signature, fixed, launch.num_warps, launch.num_stages, aligned)
+
+
+def _cross_entropy_variants(architecture: str) -> Iterator[Variant]:
+    plain = {"LABEL_SMOOTHING": 0.0, "Z_LOSS": 0.0, "SOFTCAP": 0.0, "LOGIT_SCALE": 1.0, "WEIGHTED": False}
+    every = {"LABEL_SMOOTHING": 0.1, "Z_LOSS": 1e-4, "SOFTCAP": 30.0, "LOGIT_SCALE": 0.5, "WEIGHTED": True}
+    sizes = dict.fromkeys(("N", "V", "WIDTH", "logits_stride", "gradient_stride", "ignore_index"), "i32")
+    for dtype in ("bf16", "fp16", "fp32"):
+        rows = {"logits": f"*{dtype}", "gradient": f"*{dtype}", "labels": "*i64", "coefficients": "*fp32"}
+        rows |= {"losses": "*fp32"} | sizes
+        for name, options, more in (
+            ("loss alone", plain | {"WITH_GRADIENT": False, "WITH_STATS": False}, {}),
+            ("plain", plain | {"WITH_GRADIENT": True, "WITH_STATS": False}, {}),
+            (
+                "every option",
+                every | {"WITH_GRADIENT": True, "WITH_STATS": True},
+                {"class_weight": "*fp32", "class_weight_sum": "*fp32", "stats": "*fp32"},
+            ),
+        ):
+            launch = for_architecture("cross_entropy_options" if more else "cross_entropy", architecture)
+            constants = options | {"BLOCK": launch.block[0]}
+            yield variant(f"cross_entropy {dtype} {name}", cross_entropy.rows_kernel, rows | more, constants, launch)
+        scale = for_architecture("scale", architecture)
+        arguments = {"gradient": f"*{dtype}", "factor": "*fp32", "size": "i64"}
+        yield variant(f"scale {dtype}", cross_entropy.scale_kernel, arguments, {"BLOCK": scale.block[0]}, scale)
 
 
 def compile_variant(variant: Variant, architecture: str) -> Usage:

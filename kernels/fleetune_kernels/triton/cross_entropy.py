@@ -152,7 +152,8 @@ def rows(
     count, width = logits.shape
     losses = torch.empty(count, dtype=torch.float32, device=logits.device)
     stats = torch.empty(4, count, dtype=torch.float32, device=logits.device) if with_stats else None
-    launch = settings("cross_entropy", logits.device)
+    plain = not (label_smoothing or softcap or with_stats or class_weight is not None)
+    launch = settings("cross_entropy" if plain else "cross_entropy_options", logits.device)
     if count:
         rows_kernel[(programs(count, logits.device),)](
             logits,
