@@ -109,7 +109,7 @@ def linear_cross_entropy(
     elif reduction == "mean":
         kept = only_rows(labels, rows, ignore_index) if num_items is None else labels
         loss = loss / mean_divisor(hidden_states, kept, weight, token_weights, ignore_index, num_items, reduction)
-    return (loss, Stats(*stats.reshape(4, *labels.shape).unbind())) if return_stats else loss
+    return (loss, Stats(*stats.detach().reshape(4, *labels.shape))) if return_stats else loss
 
 
 def check_head(

@@ -107,7 +107,7 @@ def cross_entropy(
         *asdict(options).values(),
     )
     loss = loss if reduction != "none" else loss.reshape(labels.shape)
-    return (loss, Stats(*stats.reshape(4, *labels.shape).unbind())) if return_stats else loss
+    return (loss, Stats(*stats.detach().reshape(4, *labels.shape))) if return_stats else loss
 
 
 def check_labels(labels: torch.Tensor, vocab_size: int, ignore_index: int = -100) -> None:
@@ -157,7 +157,8 @@ def check_rows(
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels: {labels.dtype}; should be integers")
     same_shape("token_weights", token_weights, labels.shape, "labels")
-    same_shape("weight", weight, torch.Size([vocab_size]), f"{vocab_size} classes")
+    if weight is not None and weight.shape != (vocab_size,):
+        raise ValueError(f"weight: shape {tuple(weight.shape)} does not fit {vocab_size} classes")
     same_device(scores, name, labels=labels, weight=weight, token_weights=token_weights)
 
 
@@ -262,7 +263,7 @@ def scale_(gradient: torch.Tensor, factor: torch.Tensor, backend: str) -> None:
         from fleetune_kernels.triton.cross_entropy import scale_ as scale_on_gpu
 
         scale_on_gpu(gradient, factor)
-    elif gradient.is_cuda or factor != 1.0:
+    elif gradient.device.type != "cpu" or factor != 1.0:
         gradient.mul_(factor)
 
 
@@ -295,13 +296,13 @@ def rows(
     for start in range(0, len(labels), block):
         at = slice(start, min(start + block, len(labels)))
         x = gradient[at] if buffer is None else buffer[: at.stop - start]  # type: ignore[index]
-        if x.data_ptr() != logits[at].data_ptr():
+        if buffer is not None or gradient is not logits:
             x.copy_(logits[at, : options.vocab_size])
         target = gradient is not None
         kept = None if spare is None else spare[: at.stop - start]
         figures = None if stats is None else stats[:, at]
         losses[at] = _block(x, labels[at], coefficients[at] if target else None, weight, options, kept, figures)
-        if gradient is not None and x.data_ptr() != gradient[at].data_ptr():
+        if gradient is not None and buffer is not None:
             gradient[at, : options.vocab_size] = x
             gradient[at, options.vocab_size :] = 0
     return losses, stats
@@ -322,35 +323,42 @@ def _block(
         x.mul_(options.logit_scale)
     if options.softcap:
         x.div_(options.softcap).tanh_().mul_(options.softcap)
-    if kept is not None:
-        kept.copy_(x)
     supervised = labels != options.ignore_index
     targets = labels.masked_fill(~supervised, 0).long()
-    at_label = x.gather(1, targets.unsqueeze(1)).squeeze(1)
-    of_label = supervised.to(x.dtype) if weight is None else supervised * weight[targets]
+    of_row = supervised.to(x.dtype)
+    of_label = of_row if weight is None else of_row * weight[targets]
+    largest = x.amax(1)
+    below = largest - x.gather(1, targets.unsqueeze(1)).squeeze(1)  # how far the label's logit is below the largest
+    if not options.softcap and (smoothing or kept is not None):
+        x.sub_(largest.unsqueeze(1))  # sums over the columns stay exact, however large the logits are
+    if kept is not None:
+        kept.copy_(x)
     if smoothing:
         total = float(columns) if weight is None else weight.sum()
         weighted = x.sum(1) if weight is None else x @ weight
-    largest = x.amax(1)
     # One pass over each row, in place, where max, exp, sum and division one by one would be five. Of the largest logit
-    # the probability is 1/sum exp(x - largest): it is what the log-sum-exp lacks.
+    # the probability is 1/sum exp(x - largest).
     torch.ops.aten._softmax.out(x, 1, False, out=x)
-    lse = largest - x.amax(1).log()
+    log_sum = -x.amax(1).log()
+    lse = largest + log_sum
+    lse_of_x = lse if options.softcap else log_sum  # of what stands in `kept` and went into `weighted`
 
-    losses = of_label * ((1 - smoothing) * (lse - at_label) + options.z_loss * lse.square())
+    losses = of_label * ((1 - smoothing) * (log_sum + below) + options.z_loss * lse.square())
     of_softmax = of_label * ((1 - smoothing) + 2 * options.z_loss * lse)
     if smoothing:
-        losses += supervised * (smoothing / columns) * (total * lse - weighted)
-        of_softmax += supervised * (smoothing / columns * total)
+        losses += of_row * (smoothing / columns) * (total * lse_of_x - weighted)
+        of_softmax = of_softmax + of_row * (smoothing / columns * total)
     if stats is not None:
         assert kept is not None
-        entropy = lse - torch.linalg.vecdot(x, kept)
-        torch.stack([lse, entropy, (at_label >= largest).to(lse.dtype), at_label - lse], out=stats)
+        entropy = lse_of_x - torch.linalg.vecdot(x, kept)
+        torch.stack([lse, entropy, (below <= 0).to(lse.dtype), -below - log_sum], out=stats)
         stats.masked_fill_(~supervised, 0.0)
     if coefficients is not None:
-        coefficients = coefficients * supervised
+        coefficients = coefficients * of_row
         factor = coefficients * of_softmax
-        if factor.is_cuda or not bool((factor == 1.0).all()):  # a pass saved where asking does not wait for a device
+        if factor.device.type != "cpu" or not bool(
+            (factor == 1.0).all()
+        ):  # a pass saved where asking does not wait for a device
             x.mul_(factor.unsqueeze(1))
         if smoothing and weight is None:
             x.sub_((coefficients * (smoothing / columns)).unsqueeze(1))

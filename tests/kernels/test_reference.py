@@ -178,11 +178,11 @@ def test_gradients_are_those_of_finite_differences(options: dict[str, Any]) -> N
     [
         ({"labels": torch.zeros(4, dtype=torch.int64)}, r"labels: shape \(4,\) does not fit logits of shape \(3, 5\)"),
         ({"labels": torch.zeros(3, 5, dtype=torch.int64)}, r"labels: shape \(3, 5\) does not fit logits of shape"),
-        ({"weight": torch.ones(4)}, r"weight: shape \(4,\), logits have 5 classes"),
-        ({"weight": torch.tensor(1.0)}, r"weight: shape \(\), logits have 5 classes"),
-        ({"token_weights": torch.ones(5)}, r"token_weights: shape \(5,\), labels have \(3,\)"),
-        ({"token_weights": torch.ones(3, 1)}, r"token_weights: shape \(3, 1\), labels have \(3,\)"),
-        ({"reduction": "average"}, r"reduction: 'average'; should be none, mean or sum"),
+        ({"weight": torch.ones(4)}, r"weight: shape \(4,\) does not fit 5 classes"),
+        ({"weight": torch.tensor(1.0)}, r"weight: shape \(\) does not fit 5 classes"),
+        ({"token_weights": torch.ones(5)}, r"token_weights: shape \(5,\) does not fit labels of shape \(3,\)"),
+        ({"token_weights": torch.ones(3, 1)}, r"token_weights: shape \(3, 1\) does not fit labels of shape \(3,\)"),
+        ({"reduction": "average"}, r"reduction: 'average'; should be one of none, mean, sum"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:

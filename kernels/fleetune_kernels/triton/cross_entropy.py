@@ -61,8 +61,8 @@ def rows_kernel(
 
         largest = tl.full((BLOCK,), float("-inf"), tl.float32)  # each lane's own: they meet once, at the end
         total = tl.zeros((BLOCK,), tl.float32)  # of exp(x - largest)
-        weighted = tl.zeros((BLOCK,), tl.float32)  # of w x, for the label smoothing
-        moment = tl.zeros((BLOCK,), tl.float32)  # of exp(x - largest) x, for the entropy
+        weighted = tl.zeros((BLOCK,), tl.float32)  # of w (x - x_label), for the label smoothing
+        moment = tl.zeros((BLOCK,), tl.float32)  # of exp(x - largest) (x - x_label), for the entropy
         if kept:
             # Before the reductions below, whose barriers stand between it and the first write in place. A label that is
             # no class gives nan, which stops a training run, where other memory's content would not.
@@ -78,42 +78,46 @@ def rows_kernel(
                 shrunk, e = tl.exp(largest - shift), tl.exp(x - shift)
                 total = total * shrunk + e
                 if WITH_STATS:
-                    moment = moment * shrunk + tl.where(e > 0, e * x, 0.0)
+                    moment = moment * shrunk + tl.where(e > 0, e * (x - x_label), 0.0)
                 if LABEL_SMOOTHING > 0:
                     w = tl.load(class_weight + start + columns, mask=inside, other=0.0) if WEIGHTED else 1.0
-                    weighted += tl.where(inside, w * x, 0.0)
+                    weighted += tl.where(inside, w * (x - x_label), 0.0)
                 largest = above
 
             peak = tl.max(largest, 0)
             scales = tl.exp(largest - peak)
             total_sum = tl.sum(total * scales, 0)
-            lse = peak + tl.log(total_sum)
+            log_sum = tl.log(total_sum)
+            lse = peak + log_sum
+            # Differences of logits, never of the log-sum-exp and a logit: exact however large the logits are.
+            loss_label = log_sum + (peak - x_label)
             w_label, w_sum = 1.0, 1.0 * V
             if WEIGHTED:
                 w_label = tl.load(class_weight + label, mask=(label >= 0) & (label < V), other=0.0)
                 w_sum = tl.load(class_weight_sum)
-            loss = (1 - LABEL_SMOOTHING) * w_label * (lse - x_label) + Z_LOSS * w_label * lse * lse
+            loss = (1 - LABEL_SMOOTHING) * w_label * loss_label + Z_LOSS * w_label * lse * lse
             if LABEL_SMOOTHING > 0:
-                loss += LABEL_SMOOTHING / V * (w_sum * lse - tl.sum(weighted, 0))
+                loss += LABEL_SMOOTHING / V * (w_sum * loss_label - tl.sum(weighted, 0))
             tl.store(losses + row, loss)
             if WITH_STATS:
                 tl.store(stats + row, lse)
-                tl.store(stats + N + row, lse - tl.sum(moment * scales, 0) / total_sum)
+                tl.store(stats + N + row, loss_label - tl.sum(moment * scales, 0) / total_sum)
                 tl.store(stats + 2 * N + row, (x_label >= peak).to(tl.float32))
-                tl.store(stats + 3 * N + row, x_label - lse)
+                tl.store(stats + 3 * N + row, -loss_label)
 
             if WITH_GRADIENT:
                 coefficient = tl.load(coefficients + row)
                 of_softmax = (1 - LABEL_SMOOTHING) * w_label + 2 * Z_LOSS * w_label * lse
                 if LABEL_SMOOTHING > 0:
                     of_softmax += LABEL_SMOOTHING / V * w_sum
+                of_softmax /= total_sum
                 of_label = (1 - LABEL_SMOOTHING) * w_label
                 for start in range(0, WIDTH, BLOCK):
                     at = start + columns
                     inside = at < V
                     x = tl.load(source + at, mask=inside, other=float("-inf"))
                     x = tl.where(inside, capped_logits(x, SOFTCAP, LOGIT_SCALE), float("-inf"))
-                    g = of_softmax * tl.exp(x - lse) - tl.where(at == label, of_label, 0.0)
+                    g = of_softmax * tl.exp(x - peak) - tl.where(at == label, of_label, 0.0)
                     if LABEL_SMOOTHING > 0:
                         w = tl.load(class_weight + at, mask=inside, other=0.0) if WEIGHTED else 1.0
                         g -= LABEL_SMOOTHING / V * w
