@@ -16,7 +16,7 @@ def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
     if found.shape != truth.shape or not bool(found.isfinite().all()):
         return float("inf")
     norm = truth.norm().item()
-    return (found - truth).norm().item() / (norm if norm > 0 else 1.0)
+    return float((found - truth).norm().item() / (norm if norm > 0 else 1.0))
 
 
 def assert_no_worse(
