@@ -580,6 +580,18 @@ def test_fp16_needs_a_gpu(later: Path) -> None:
         prepare_recipe(recipe)
 
 
+def test_triton_needs_a_gpu(later: Path) -> None:
+    import torch
+
+    from fleetune.train.prepare import prepare_recipe
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    recipe = load_recipe(write(later, CLASSIFICATION), ["kernels=triton"])
+    with pytest.raises(RecipeError, match=r"^kernels = 'triton': Triton needs a GPU, and there is none here"):
+        prepare_recipe(recipe)
+
+
 @pytest.mark.parametrize(
     ("key", "given", "said"), [SHOWN_LATER[0], SHOWN_LATER[19]], ids=["data.label_column", "model.freeze.1"]
 )

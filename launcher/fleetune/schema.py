@@ -229,6 +229,8 @@ class Recipe(Section):
     data: Data
     losses: list[Loss] = []
     """A list, whatever the objective; cross_entropy for classification and mse for regression when absent."""
+    kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
+    """What computes the losses: Triton on a GPU and chunked PyTorch elsewhere, or the plain formulas (reference)."""
     training: Training = Training()
     deepspeed: DeepSpeed = DeepSpeed()
     evaluation: Evaluation = Evaluation()

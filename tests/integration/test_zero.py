@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,3 +64,19 @@ def test_penalties_are_not_zero_and_shrink_what_they_name(metrics: dict[tuple[in
     for steps in metrics.values():
         assert steps[0]["train/l1_penalty"] > 0.01
         assert steps[-1]["train/l2_penalty"] < steps[0]["train/l2_penalty"]
+
+
+@pytest.mark.parametrize("kernels", ["torch", "reference"])
+def test_losses_are_the_same_whatever_computes_them(kernels: str, tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", 43)
+    write_rows(tmp_path / "validation.jsonl", 21, seed=1)
+    steps = []
+    for which in ("auto", kernels):
+        values = recipe_values(tmp_path, which if which != "auto" else f"beside-{kernels}", losses=LOSSES[:1])
+        run = make_run(values | {"kernels": which}, 1)
+        train_together([run], 1)
+        steps.append(read_metrics(run.metrics))
+    for expected, found in zip(*steps, strict=True):
+        for key in ("train/loss", "train/cross_entropy", "train/grad_norm"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-5)

@@ -51,7 +51,7 @@ def build_terms(recipe: Recipe, device: torch.device) -> list[Term]:
     terms = []
     for loss in losses_of(recipe):
         if isinstance(loss, CrossEntropy):
-            terms.append(_cross_entropy(loss, device))
+            terms.append(_cross_entropy(loss, device, recipe.kernels))
         elif isinstance(loss, MeanSquaredError):
             terms.append(
                 Term("mse", loss.weight, lambda batch: batch.weights.sum(dtype=torch.float64), _mean_squared_error)
@@ -79,7 +79,7 @@ def build_penalties(recipe: Recipe, parameter_names: Iterable[str]) -> list[Pena
     return penalties
 
 
-def _cross_entropy(loss: CrossEntropy, device: torch.device) -> Term:
+def _cross_entropy(loss: CrossEntropy, device: torch.device, kernels: str) -> Term:
     weight = None if loss.class_weights is None else torch.tensor(loss.class_weights, device=device)
 
     def divisor(batch: MicroBatch) -> torch.Tensor:
@@ -93,6 +93,7 @@ def _cross_entropy(loss: CrossEntropy, device: torch.device) -> Term:
             token_weights=batch.weights,
             label_smoothing=loss.label_smoothing,
             num_items=num_items,
+            backend=kernels,
         )
         return value
 

@@ -15,9 +15,13 @@ from fleetune.schema import CrossEntropy, Recipe, RecipeError
 
 
 def check_machine(recipe: Recipe) -> None:
-    """Raises RecipeError for a precision that this machine does not have."""
+    """Raises RecipeError for a precision, or kernels, that this machine does not have."""
     import torch
 
+    if recipe.kernels == "triton" and not torch.cuda.is_available():
+        raise RecipeError(
+            "kernels = 'triton': Triton needs a GPU, and there is none here; use auto, torch or reference"
+        )
     if recipe.training.fp16 and not torch.cuda.is_available():
         raise RecipeError(
             "training.fp16 = True: fp16 needs a GPU, and there is none here; use bf16, or neither for fp32"
