@@ -52,6 +52,7 @@ class Variant:
 @dataclass(frozen=True)
 class Usage:
     name: str
+    kernel: str  # the function's name
     architecture: str
     registers: int
     shared: int  # bytes
@@ -105,7 +106,7 @@ def compile_variant(variant: Variant, architecture: str) -> Usage:
         registers, spilled = _of_hsaco(kernel.asm["amdgcn"])
     else:
         registers, spilled = _of_cubin(kernel.asm["cubin"])
-    return Usage(variant.name, architecture, registers, kernel.metadata.shared, spilled)
+    return Usage(variant.name, variant.kernel.__name__, architecture, registers, kernel.metadata.shared, spilled)
 
 
 def _of_cubin(cubin: bytes) -> tuple[int, int]:

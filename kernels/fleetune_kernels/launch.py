@@ -38,7 +38,7 @@ TABLE: dict[str, dict[str, Launch]] = {
 
 def settings(kernel: str, device: torch.device) -> Launch:
     """The settings for a kernel on a device; on a CPU (the interpreter) those of an unknown GPU."""
-    return for_architecture(kernel, _architecture(device))
+    return for_architecture(kernel, architecture(device))
 
 
 def for_architecture(kernel: str, architecture: str) -> Launch:
@@ -46,7 +46,7 @@ def for_architecture(kernel: str, architecture: str) -> Launch:
     return by_architecture.get(architecture, by_architecture[""])
 
 
-def _architecture(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     if torch.version.hip:
