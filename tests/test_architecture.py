@@ -54,6 +54,7 @@ RULES = (
             ("schema", ("fleetune.strict_yaml", "fleetune.combinations", "fleetune.recipe", "fleetune.runs")),
             ("strict_yaml", ("fleetune.combinations", "fleetune.recipe", "fleetune.runs")),
             ("combinations", ("fleetune.strict_yaml", "fleetune.recipe", "fleetune.runs")),
+            ("faults", ("fleetune.combinations", "fleetune.recipe", "fleetune.runs")),
             ("recipe", ("fleetune.runs",)),
             ("runs", ()),
         )
