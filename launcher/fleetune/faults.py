@@ -128,6 +128,9 @@ def fault_lines(error: ValidationError, values: Any, root: type[Section], origin
         for part in fault["loc"]:  # the tag of a union by kind is no key of the recipe: leave it out
             if isinstance(value, dict) and part not in value and value.get("kind") == part:
                 continue
+            if part == "[key]":  # it is the key itself that is wrong
+                value = path[-1]
+                continue
             path, value = (*path, part), inside(value, part)
         if kind == "extra_forbidden":
             message = _unknown_key(path, values, root)

@@ -1,0 +1,213 @@
+"""A cluster profile: what a site's Slurm wants to know, in one YAML file of its own (`slurm/*.yaml`).
+
+Strict as a recipe: an unknown key, a wrong type or a time without its unit is one error with the file, the key and what
+would be right. Every value but `setup` is passed on literally, quoted; `setup` alone is shell.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from fleetune.faults import fault_lines, shown
+from fleetune.schema import RecipeError, Section
+from fleetune.strict_yaml import parse_yaml
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
+_UNITS = {"d": 1440.0, "h": 60.0, "m": 1.0, "s": 1 / 60}
+
+
+def _literal(text: str) -> str:
+    """A newline would end the #SBATCH line, and what follows it would be script, however it is quoted."""
+    if _CONTROL.search(text):
+        raise PydanticCustomError("control", "has a line break or another control character; should be one plain line")
+    return text
+
+
+def _word(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("empty", "is empty; leave the key out")
+    return _literal(text)
+
+
+def minutes_of(time: str) -> int:
+    """Minutes, rounded up, of `4h`, `90m`, `1d12h`, `HH:MM:SS`, `D-HH`, `D-HH:MM` or `D-HH:MM:SS`.
+
+    Raises:
+        ValueError: no such time, or a number without a unit: Slurm takes it for minutes, people for hours.
+    """
+    text = time.strip().lower()
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        raise ValueError(f"has no unit: {text}m (minutes), {text}h (hours) or {text}d (days)?")
+    if match := re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text):
+        days, *fields = match.groups()
+        if days is not None or fields[2] is not None:
+            hours, minutes, seconds = (int(field or 0) for field in fields)
+            total = int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+            return _whole(total)
+        raise ValueError("may be minutes and seconds or hours and minutes; write 4h, 90m or HH:MM:SS")
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([dhms])", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
+        raise ValueError("should be a time as 4h, 90m, 1d12h, 08:00:00 or 2-00:00:00")
+    return _whole(sum(float(number) * _UNITS[unit] for number, unit in parts))
+
+
+def _whole(minutes: float) -> int:
+    if minutes <= 0:
+        raise ValueError("should be more than nothing")
+    return -int(-minutes // 1)
+
+
+def _time(text: Any) -> Any:
+    if not isinstance(text, str | int | float) or isinstance(text, bool):
+        return text  # the type's own message
+    text = str(text)
+    try:
+        minutes_of(_literal(text))
+    except ValueError as error:
+        raise PydanticCustomError("time", "{reason}", {"reason": str(error)}) from None
+    return text
+
+
+def _value(value: Any) -> Any:
+    """One message where the union would give three."""
+    if value is not True and (isinstance(value, bool) or not isinstance(value, str | int)):
+        raise PydanticCustomError("value", "should be text, a whole number, or true for an option without a value")
+    return _literal(value) if isinstance(value, str) else value
+
+
+def _option(name: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+        raise PydanticCustomError("option", "should be the name of an sbatch option without its dashes, as mail-type")
+    if name in OURS:
+        raise PydanticCustomError("option", "is set by Fleetune: use {instead}", {"instead": OURS[name]})
+    return name
+
+
+def _variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise PydanticCustomError("variable", "should be the name of an environment variable")
+    if re.search(r"KEY|TOKEN|SECRET|PASSWORD", name, re.IGNORECASE):
+        raise PydanticCustomError(
+            "secret", "looks like a secret, and a script is plain text; set it in the nodes' own environment"
+        )
+    return name
+
+
+# The sbatch options that the other keys, or Fleetune itself, set.
+OURS = {
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "reservation": "reservation",
+    "nodes": "nodes",
+    "ntasks": "ranks_per_node",
+    "ntasks-per-node": "ranks_per_node",
+    "gres": "gpus_per_node and gpu_type",
+    "gpus": "gpus_per_node",
+    "gpus-per-node": "gpus_per_node",
+    "gpus-per-task": "gpus_per_node (this one hides GPUs from their neighbours)",
+    "cpus-per-task": "cpus_per_rank",
+    "mem": "memory",
+    "time": "time",
+    "job-name": "the recipe's name",
+    "comment": "nothing: it carries the token by which the job is found",
+    "signal": "stop_seconds",
+    "requeue": "nothing: Fleetune requeues by itself",
+    "no-requeue": "nothing: Fleetune requeues by itself",
+    "array": "nothing: a run is one job",
+    "output": "nothing: logs stand in the run folder",
+    "error": "nothing: logs stand in the run folder",
+    "open-mode": "nothing: logs stand in the run folder",
+    "export": "environment",
+    "chdir": "nothing: jobs start in the run folder",
+    "dependency": "fleetune submit --after RUN",
+    "wrap": "setup",
+}
+
+Word = Annotated[str, AfterValidator(_word)]
+Literal_ = Annotated[str, AfterValidator(_literal)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Container(Section):
+    """The ranks run inside an image; the launcher's own lines outside it."""
+
+    kind: Literal["pyxis", "apptainer"]
+    image: Word
+    """A file, or a registry's name as the runtime takes it."""
+    mounts: list[Word] = []
+    """HOST or HOST:INSIDE. The run's folder and the code are mounted by themselves."""
+    python: Word = "python"
+    """Inside the image."""
+
+
+class Profile(Section):
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    reservation: Word | None = None
+    nodes: Count = 1
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    gpu_type: Word | None = None
+    """As in the cluster's gres: h100, a100."""
+    ranks_per_node: Count | None = None
+    """The GPUs of a node when absent; on nodes without any, 1."""
+    cpus_per_rank: Count = 1
+    memory: Annotated[str, Field(pattern=r"^\d+(K|M|G|T)$")] | None = None
+    """Of each node, as 64G; 0G is all that a node has."""
+    time: Annotated[str, BeforeValidator(_time)]
+    """4h, 90m, 2-00:00:00: what one attempt may take. The run goes on in the next one."""
+    stop_seconds: Annotated[int, Field(ge=30, le=3600)] = 120
+    """How long before its end Slurm says so, for the run to save."""
+    setup: list[Literal_] = []
+    """Lines of shell before the ranks start: module load cuda. The one field that is shell."""
+    container: Container | None = None
+    environment: dict[Annotated[str, AfterValidator(_variable)], Literal_] = {}
+    """Variables of every rank, NCCL's too."""
+    cache_dir: Word | None = None
+    """A folder on each node's own disk for Triton's cache and torch's extensions: shared ones hang."""
+    internet: bool = True
+    """Whether the nodes reach it: else the hub is off line there, and wandb is sent from the login node."""
+    extra: dict[Annotated[str, AfterValidator(_option)], Annotated[str | int | bool, BeforeValidator(_value)]] = {}
+    """Any further sbatch options."""
+
+    @property
+    def ranks(self) -> int:
+        """On each node."""
+        return self.ranks_per_node or self.gpus_per_node or 1
+
+
+def load_profile(file: Path) -> Profile:
+    """Raises RecipeError with a line for each fault."""
+    file = Path(os.path.normpath(file.absolute()))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(f"{file}: cannot read the cluster profile: {reason}") from None
+    values: Any = parse_yaml(text, str(file))
+    if not isinstance(values, dict):
+        raise RecipeError(f"{file}: a cluster profile is a map of keys, this is {shown(values)}")
+    try:
+        profile = Profile.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError("\n".join(fault_lines(error, values, Profile, lambda path: str(file)))) from None
+    if profile.gpus_per_node and profile.ranks > profile.gpus_per_node:
+        raise RecipeError(
+            f"{file}: ranks_per_node = {profile.ranks}: a rank needs a GPU of its own and a node has "
+            f"{profile.gpus_per_node}"
+        )
+    if minutes_of(profile.time) * 60 <= 2 * profile.stop_seconds:
+        raise RecipeError(
+            f"{file}: time = {profile.time!r}: leaves no time to train before the {profile.stop_seconds} s "
+            "(stop_seconds) that saving is given"
+        )
+    return profile
