@@ -162,6 +162,104 @@ def _attempt(recipe: Recipe, layout: Layout, report: dict[str, Any], fresh: bool
 
 
 @app.command()
+def submit(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        Path, typer.Option(help="The cluster's profile, e.g. slurm/gpu8.yaml.", show_default=False)
+    ] = ...,  # type: ignore[assignment]
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the script and what sbatch says of it; send nothing.")
+    ] = False,
+    after: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Start once this run's job is done.", show_default=False)
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="A new run under the next free name.")] = False,
+) -> None:
+    """Send a recipe to a Slurm cluster; the same command again attaches to the job that is there."""
+    from fleetune.cluster import slurm
+    from fleetune.cluster.profile import load_profile
+    from fleetune.cluster.submit import script, submit, test_only
+    from fleetune.schema import RecipeError
+
+    loaded = _load(recipe, overrides)
+    try:
+        profile = load_profile(cluster)
+        before = None if after is None else slurm.job_of(after)
+        if dry_run:
+            text = script(loaded, profile, before)
+            typer.echo(text)
+            typer.echo(f"sbatch --test-only: {test_only(text)}")
+            return
+        sent = submit(loaded, profile, fresh, before)
+    except RecipeError as error:
+        _fail(str(error))
+    except slurm.SlurmFailed as error:
+        _fail(str(error), 1)
+    typer.echo(f"{sent.run.path}: job {sent.job}, {'sent' if sent.is_new else sent.state.lower() + ' already'}")
+    typer.echo(f"see it    fleetune status {sent.run.path}")
+
+
+RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN...", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
+
+
+@app.command()
+def status(folders: RunFolders) -> None:
+    """What runs are doing: state, attempts, nodes, step, last loss, and what is left."""
+    from fleetune import report
+    from fleetune.cluster import slurm
+    from fleetune.schema import RecipeError
+
+    try:
+        _print_table(report.statuses(folders, slurm.states(folders)))
+    except RecipeError as error:
+        _fail(str(error))
+
+
+@app.command()
+def cancel(run: RunFolder, now: Annotated[bool, typer.Option("--now", help="Without saving.")] = False) -> None:
+    """Stop a run on the cluster; it is saved first, and `submit` goes on with it."""
+    from fleetune import runs
+    from fleetune.cluster import slurm
+    from fleetune.schema import RecipeError
+
+    try:
+        job = slurm.job_of(run)
+        runs.write_json(run / "cancel.json", {"job": job})
+        (slurm.cancel if now else slurm.stop)(job)
+    except (RecipeError, slurm.SlurmFailed) as error:
+        _fail(str(error))
+    typer.echo(f"{run}: job {job} is asked to {'end at once' if now else 'save and end'}")
+
+
+@app.command()
+def logs(
+    run: RunFolder,
+    rank: Annotated[int, typer.Option(min=0)] = 0,
+    attempt: Annotated[int | None, typer.Option(min=1, help="The last when absent.", show_default=False)] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it grows.")] = False,
+) -> None:
+    """The log of a rank."""
+    import time
+
+    from fleetune import runs
+    from fleetune.schema import RecipeError
+
+    try:
+        path = runs.log_of(runs.Run(run), rank, attempt)
+    except RecipeError as error:
+        _fail(str(error))
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while True:
+            sys.stdout.write(file.read())
+            sys.stdout.flush()
+            if not follow:
+                return
+            time.sleep(0.5)
+
+
+@app.command()
 def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc = None, nodes: Nodes = 1) -> None:
     """Validate a recipe, show what it comes to, open its data. Nothing is started."""
     from fleetune.recipe import dump_recipe

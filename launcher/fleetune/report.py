@@ -67,3 +67,32 @@ def findings(found: list[Finding]) -> Table:
     for finding in found:
         table.add_row(escape(finding.what), escape(finding.found), "yes" if finding.holds else "NO")
     return table
+
+
+def statuses(folders: list[Path], jobs: dict[Path, str]) -> Table:
+    """A line for each run. Raises RecipeError for a folder that is no run."""
+    table = Table("run", "state", "attempts", "nodes", "step", "left", "loss", "what happened last")
+    for folder in folders:
+        if not (folder / "run.json").exists():
+            raise RecipeError(f"{folder}: is no run folder (it has no run.json)")
+        run = runs.Run(folder)
+        attempts = runs.read_jsonl(run.attempts)
+        metrics = runs.last_json(run.metrics)
+        info = run.info()
+        step, total = metrics.get("step", 0), info.get("total_steps")
+        last = attempts[-1] if attempts else {}
+        state = jobs.get(folder) or ("running" if last.get("event") == "start" else "ended" if last else "not begun")
+        rate = metrics.get("train/samples_per_second")
+        left = f"{(total - step) * info['global_batch_size'] / rate / 60:.0f} min" if total and rate else ""
+        loss = metrics.get("train/loss", metrics.get("eval/loss"))
+        table.add_row(
+            escape(folder.name),
+            escape(state),
+            str(sum(entry["event"] == "start" for entry in attempts)),
+            escape(", ".join(last.get("nodes", []))),
+            f"{step}/{total}" if total else str(step),
+            left,
+            "" if loss is None else f"{loss:.4f}",
+            escape(str(last.get("reason", "")).partition("\n")[0]),
+        )
+    return table

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "training.hang_timeout",
     "tracking.",
     "checkpoint.",
+    "retries.",
     "deepspeed.offload_",
 )
 PACKAGES = ("fleetune", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "wandb")
@@ -226,6 +227,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def last_json(path: Path, most: int = 65536) -> dict[str, Any]:
+    """The last whole line of a JSONL file, however long the file is; {} where there is none."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - most))
+        for line in reversed(file.read().split(b"\n")):
+            with contextlib.suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    return found
+    return {}
+
+
 def append_jsonl(path: Path, value: dict[str, Any]) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
@@ -245,7 +258,10 @@ def start_attempt(run: Run, nodes: list[str]) -> int:
     return number
 
 
-def end_attempt(run: Run, number: int, exit_code: int, reason: str, nodes: list[str], seconds: float) -> None:
+def end_attempt(
+    run: Run, number: int, exit_code: int, reason: str, nodes: list[str], seconds: float, kind: str | None = None
+) -> None:
+    """`kind` is what ended it, on a cluster: each has its own budget in the recipe's `retries`."""
     span = run.logs(number) / "steps.json"  # written by rank 0
     steps = read_json(span) if span.exists() else {}
     append_jsonl(
@@ -256,12 +272,28 @@ def end_attempt(run: Run, number: int, exit_code: int, reason: str, nodes: list[
             "time": _now(),
             "exit_code": exit_code,
             "reason": reason,
+            **({} if kind is None else {"kind": kind}),
             "nodes": nodes,
             "seconds": round(seconds, 3),
             "first_step": steps.get("first"),
             "last_step": steps.get("last"),
         },
     )
+
+
+def log_of(run: Run, rank: int, attempt: int | None) -> Path:
+    """Raises RecipeError with the attempts or ranks that there are."""
+    folders = sorted(run.logs(0).parent.glob("attempt-[0-9]*"), key=lambda folder: int(folder.name[8:]))
+    if not folders:
+        raise RecipeError(f"{run.path}: has no logs: no attempt has begun")
+    folder = folders[-1] if attempt is None else run.logs(attempt)
+    if folder not in folders:
+        raise RecipeError(f"--attempt {attempt}: the run has attempts 1 to {folders[-1].name[8:]}")
+    path = folder / f"rank-{rank}.log"
+    if not path.exists():
+        ranks = sorted(int(log.stem[5:]) for log in folder.glob("rank-*.log"))
+        raise RecipeError(f"--rank {rank}: the attempt has ranks {', '.join(map(str, ranks)) or 'none yet'}")
+    return path
 
 
 def _now() -> str:

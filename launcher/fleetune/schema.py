@@ -29,6 +29,7 @@ class Section(BaseModel):
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
+NotNegativeInt = Annotated[int, Field(ge=0)]
 
 
 def _scalar(value: Any) -> Any:
@@ -208,6 +209,19 @@ class Checkpoint(Section):
     """The files are written beside the next steps, from a copy in memory, where there is room for one."""
 
 
+class Retries(Section):
+    """On a cluster: how many attempts may end in each way before the run is given up."""
+
+    preemption: NotNegativeInt = 100
+    """By a job of higher priority, or by `scontrol requeue`."""
+    time_limit: NotNegativeInt = 1000
+    node_failure: NotNegativeInt = 20
+    crash: NotNegativeInt = 3
+    """A rank that failed, was killed or hung."""
+    without_progress: Positive = 3
+    """Attempts one after another that come no step further."""
+
+
 class Wandb(Section):
     project: str = "fleetune"
     entity: str | None = None
@@ -235,6 +249,7 @@ class Recipe(Section):
     deepspeed: DeepSpeed = DeepSpeed()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    retries: Retries = Retries()
     tracking: Tracking = Tracking()
 
 

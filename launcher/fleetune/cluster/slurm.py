@@ -1,0 +1,141 @@
+"""What Slurm says and is told: jobs by id or by token, requeues, signals. By its own commands; no cached states."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fleetune import runs
+from fleetune.schema import RecipeError
+
+# States in which a job is, or comes back, in the queue.
+LIVE = frozenset(
+    ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
+     "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")
+)  # fmt: skip
+SECONDS = 60.0  # for a controller that is being restarted
+
+
+class SlurmFailed(RuntimeError):
+    """A Slurm command failed: carries the command's name and what it said."""
+
+
+@dataclass(frozen=True)
+class Job:
+    id: str
+    state: str  # Slurm's word: PENDING, RUNNING, COMPLETED, NODE_FAIL, ...
+    reason: str  # why it waits
+    nodes: str
+    name: str
+
+    @property
+    def is_live(self) -> bool:
+        return self.state in LIVE
+
+
+def job_of(path: Path) -> str:
+    """The id of the job of a run's folder. Raises RecipeError where it was never sent."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return str(runs.read_json(path / "job.json")["id"])
+    raise RecipeError(f"{path}: was not sent to a cluster (it has no job.json with an id)")
+
+
+def states(paths: Iterable[Path]) -> dict[Path, str]:
+    """Slurm's state of each run's job that it still knows, by at most two queries; runs without a job are left out."""
+    ids = {}
+    for path in paths:
+        with contextlib.suppress(RecipeError):
+            ids[path] = job_of(path)
+    if not ids or shutil.which("squeue") is None:
+        return {}
+    known = queue()
+    if missing := {id_ for id_ in ids.values() if id_ not in known}:
+        known |= accounted(ids=missing) or {}
+    said = {}
+    for path, id_ in ids.items():
+        if id_ in known:
+            job = known[id_]
+            said[path] = f"{job.state.lower()} ({job.reason})" if job.state == "PENDING" else job.state.lower()
+    return said
+
+
+def require() -> None:
+    """Raises RecipeError where this is no machine from which jobs can be sent."""
+    missing = [name for name in ("sbatch", "squeue", "scontrol", "srun") if shutil.which(name) is None]
+    if missing:
+        raise RecipeError(
+            f"{missing[0]}: not found on the PATH: this is no login node of a Slurm cluster; `fleetune run` trains on "
+            "this machine, and slurm/devcluster starts a small cluster on it"
+        )
+
+
+def command(*words: str) -> str:
+    """Raises SlurmFailed."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise SlurmFailed(f"{words[0]}: no answer in {SECONDS:.0f} s") from None
+    except OSError as error:
+        raise SlurmFailed(f"{words[0]}: {error.strerror}") from None
+    if done.returncode:
+        raise SlurmFailed(f"{words[0]}: {done.stderr.strip() or done.stdout.strip() or done.returncode}")
+    return done.stdout
+
+
+def queue(user: str | None = None) -> dict[str, Job]:
+    """The user's jobs in the queue and those that have just left it, by id; one query."""
+    fields = "%i|%T|%r|%N|%j"
+    lines = command("squeue", "--noheader", "--states=all", f"--user={user or getpass.getuser()}", f"--format={fields}")
+    jobs = {}
+    for line in lines.splitlines():
+        id_, state, reason, nodes, name = line.split("|", 4)
+        jobs[id_.strip()] = Job(id_.strip(), state.strip(), reason.strip(), nodes.strip(), name.strip())
+    return jobs
+
+
+def accounted(ids: Iterable[str] = (), names: Iterable[str] = ()) -> dict[str, Job] | None:
+    """Jobs as the accounting has them, the latest state of each; one query. None where there is no accounting."""
+    by = [f"--jobs={','.join(ids)}"] if (ids := list(ids)) else []
+    by += [f"--name={','.join(names)}"] if (names := list(names)) else []
+    words = ("sacct", "--noheader", "--parsable2", "--allocations", "--starttime=now-30days", *by)
+    try:
+        lines = command(*words, "--format=JobIDRaw,State,NodeList,JobName")
+    except SlurmFailed:
+        return None
+    jobs = {}
+    for line in lines.splitlines():
+        id_, state, nodes, name = line.split("|", 3)
+        jobs[id_] = Job(id_, state.split()[0], "", nodes, name)  # CANCELLED by 1000
+    return jobs
+
+
+def hosts(nodes: str) -> list[str]:
+    """Of Slurm's short form: node[1-3] is node1, node2, node3."""
+    return command("scontrol", "show", "hostnames", nodes).split()
+
+
+def requeue(id_: str) -> None:
+    command("scontrol", "requeue", id_)
+
+
+def start_now(id_: str) -> bool:
+    """Ends the time that Slurm holds a requeued job back for (two minutes), where this user may. Whether it did."""
+    try:
+        command("scontrol", "update", f"JobId={id_}", "StartTime=now")
+    except SlurmFailed:
+        return False
+    return True
+
+
+def stop(id_: str) -> None:
+    """Asks every rank to save and end."""
+    command("scancel", "--signal=USR2", id_)
+
+
+def cancel(id_: str) -> None:
+    command("scancel", id_)

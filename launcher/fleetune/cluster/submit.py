@@ -1,0 +1,235 @@
+"""Sends a run to Slurm by submitit: once, however often and whenever the sending is killed.
+
+What is meant is written down first, with a token of its own, in RUN/job.json; then sbatch is called, once, with the
+token in the job's name and comment. Whoever comes next finds the job by the token and finishes what was begun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fleetune import runs
+from fleetune.cluster import slurm, snapshot
+from fleetune.cluster.local import Layout
+from fleetune.cluster.profile import Profile, minutes_of
+from fleetune.cluster.supervisor import supervise
+from fleetune.schema import Recipe, RecipeError, cut_batch
+
+SENDING_SECONDS = 60.0  # after which an sbatch that was begun on another machine has come to its end
+
+
+@dataclass(frozen=True)
+class Sent:
+    run: runs.Run
+    job: str  # Slurm's id
+    state: str
+    is_new: bool
+
+
+def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | None = None) -> Sent:
+    """Sends the recipe's run, or attaches to its job that is in the queue.
+
+    Raises:
+        RecipeError: the recipe does not fit the profile or the run that is there; Slurm refuses; or whether the run was
+            sent already cannot be known.
+    """
+    slurm.require()
+    layout = Layout(profile.nodes, profile.ranks, profile.cpus_per_rank)
+    cut_batch(recipe.training, layout.world_size)
+    base = runs.Run(Path(recipe.output_dir) / recipe.name)
+    if not fresh and (found := attached(base)) is not None:
+        return found
+    run = runs.open_run(as_it_began(recipe, base) if not fresh else recipe, layout.stored(), fresh)
+    code, copy = snapshot.take(run.path / "code")
+    token = secrets.token_hex(6)
+    job = {
+        "token": token,
+        "code": code,
+        "sent": time.time(),
+        "host": os.uname().nodename,
+        "folder": _folder(run, token),
+    }
+    runs.write_json(run.path / "job.json", job)
+    executor = _executor(run, profile, token, copy, after)
+    try:
+        sent = executor.submit(supervise, str(run.path))
+    except Exception as error:  # submitit's own kinds: sbatch's words stand in the message
+        (run.path / "job.json").unlink()
+        raise RecipeError(f"sbatch refuses: {_said(error)}") from None
+    runs.write_json(run.path / "job.json", job | {"id": sent.job_id})
+    return Sent(run, sent.job_id, "PENDING", is_new=True)
+
+
+def script(recipe: Recipe, profile: Profile, after: str | None = None) -> str:
+    """The sbatch script as `submit` would write it, with placeholders for the token and the code's hash."""
+    slurm.require()
+    run = runs.Run(Path(recipe.output_dir) / recipe.name)
+    executor = _executor(run, profile, "TOKEN", run.path / "code" / "HASH", after)
+    return str(executor._make_submission_file_text(executor._submitit_command_str, "TOKEN"))
+
+
+def test_only(text: str) -> str:
+    """What `sbatch --test-only` says of a script: when and where it would start, or why it would not."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(text)
+        file.flush()
+        done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False)
+    return " ".join((done.stderr + done.stdout).split())
+
+
+def attached(run: runs.Run) -> Sent | None:
+    """The run's job that is in the queue, found by what job.json says; None where there is none."""
+    path = run.path / "job.json"
+    if not path.exists():
+        return None
+    job = runs.read_json(path)
+    queue = slurm.queue()
+    if "id" not in job:
+        _wait_for_sbatch(job)
+        if (id_ := _by_token(job["token"], slurm.queue())) is None:
+            return None
+        _finish(job, id_)
+        job["id"] = id_
+        runs.write_json(path, job)
+        queue = slurm.queue()
+    found = queue.get(job["id"])
+    return Sent(run, found.id, found.state, is_new=False) if found is not None and found.is_live else None
+
+
+def as_it_began(recipe: Recipe, run: runs.Run) -> Recipe:
+    """In the precision that the run's nodes turned out to have."""
+    if (run.path / "run.json").exists() and run.info().get("fp32_for_bf16"):
+        return recipe.model_copy(update={"training": recipe.training.model_copy(update={"bf16": False})})
+    return recipe
+
+
+def _by_token(token: str, queue: dict[str, slurm.Job]) -> str | None:
+    """Raises RecipeError where the job may have left the queue, and nothing keeps account of it."""
+    for job in queue.values():
+        if job.name.endswith(token):
+            return job.id
+    accounted = slurm.accounted()
+    if accounted is None:
+        raise RecipeError(
+            f"whether job *-{token} was sent cannot be known: it is not in the queue, and this cluster keeps no "
+            "accounts (sacct fails); if it has not run, remove job.json from the run's folder"
+        )
+    return next((job.id for job in accounted.values() if job.name.endswith(token)), None)
+
+
+def _wait_for_sbatch(job: dict[str, Any]) -> None:
+    """Until the sbatch that was begun has come to its end: a killed `submit` leaves it running."""
+    while time.time() - job["sent"] < SENDING_SECONDS:
+        if job["host"] == os.uname().nodename and not _runs(job["folder"]):
+            return
+        time.sleep(0.1)
+
+
+def _runs(folder: str) -> bool:
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if words and Path(words[0]).name == "sbatch" and any(word.startswith(folder) for word in words):
+            return True
+    return False
+
+
+def _finish(job: dict[str, Any], id_: str) -> None:
+    """What submitit does after sbatch: the pickle under the job's own name, for which the job waits 60 s."""
+    pickles = [path for path in Path(job["folder"]).glob("*.pkl") if "_" not in path.stem]
+    for pickle in pickles:
+        folder = Path(job["folder"])
+        with contextlib.suppress(FileNotFoundError):
+            shutil.move(pickle, folder / f"{id_}_submitted.pkl")
+
+
+def _folder(run: runs.Run, token: str) -> str:
+    return str(run.path / "submitit" / token)
+
+
+def _executor(run: runs.Run, profile: Profile, token: str, code: Path, after: str | None) -> Any:
+    import submitit
+
+    executor = submitit.SlurmExecutor(_folder(run, token), python=_python(profile, run, code))
+    executor.update_parameters(**_parameters(run, profile, token, code, after))
+    return executor
+
+
+def _parameters(run: runs.Run, profile: Profile, token: str, code: Path, after: str | None) -> dict[str, Any]:
+    words = {name: getattr(profile, name) for name in ("partition", "account", "qos", "constraint")}
+    gpus = profile.gpus_per_node
+    more: dict[str, Any] = dict(profile.extra) | {"requeue": True, "chdir": str(run.path)}
+    if profile.reservation:
+        more["reservation"] = profile.reservation
+    if gpus:
+        more["gres"] = f"gpu:{profile.gpu_type}:{gpus}" if profile.gpu_type else f"gpu:{gpus}"
+    if profile.memory:
+        more["mem"] = profile.memory
+    return {
+        **{name: value for name, value in words.items() if value},
+        "job_name": f"{run.path.name}-{token}",
+        "comment": f"fleetune:{token}",
+        "time": minutes_of(profile.time),
+        "nodes": profile.nodes,
+        "ntasks_per_node": profile.ranks,
+        "cpus_per_task": profile.cpus_per_rank,
+        "signal_delay_s": profile.stop_seconds,
+        "dependency": f"afterok:{after}" if after else None,
+        "additional_parameters": more,
+        # One rank's end that is no success ends them all; srun has not passed cpus-per-task on since 22.05.
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={profile.cpus_per_rank}", *_container(profile, run)],
+        "setup": _setup(run, profile, code),
+        # Runs once srun has ended, in whatever way: records it, and requeues where there is more to do.
+        "teardown": [
+            f"exec {shlex.quote(sys.executable)} -m fleetune.cluster.supervisor {shlex.quote(str(run.path))} $?"
+        ],
+    }
+
+
+def _setup(run: runs.Run, profile: Profile, code: Path) -> list[str]:
+    variables = {"PYTHONUNBUFFERED": "1", **profile.environment}
+    if profile.cache_dir:
+        variables |= {
+            "TRITON_CACHE_DIR": f"{profile.cache_dir}/triton",
+            "TORCH_EXTENSIONS_DIR": f"{profile.cache_dir}/torch_extensions",
+        }
+    if not profile.internet:
+        variables |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    return [
+        *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *profile.setup,
+    ]
+
+
+def _python(profile: Profile, run: runs.Run, code: Path) -> str:
+    if profile.container is not None and profile.container.kind == "apptainer":
+        image, mounts = profile.container.image, [str(run.path), *profile.container.mounts]
+        words = ["apptainer", "exec", *(("--nv",) if profile.gpus_per_node else ()), "--bind", ",".join(mounts), image]
+        return shlex.join([*words, profile.container.python])
+    return shlex.quote(profile.container.python if profile.container else sys.executable)
+
+
+def _container(profile: Profile, run: runs.Run) -> list[str]:
+    if profile.container is None or profile.container.kind != "pyxis":
+        return []
+    mounts = ",".join([f"{run.path}:{run.path}", *profile.container.mounts])
+    return [f"--container-image={profile.container.image}", f"--container-mounts={mounts}"]
+
+
+def _said(error: Exception) -> str:
+    """sbatch's own lines out of submitit's message."""
+    lines = [line.strip() for line in str(error).splitlines() if "sbatch:" in line or "error:" in line.lower()]
+    return "; ".join(dict.fromkeys(lines)) or str(error).strip().splitlines()[-1]
