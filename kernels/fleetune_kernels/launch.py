@@ -18,7 +18,16 @@ class Launch:
 
 
 # Kernel, then architecture; "" serves every other one.
-TABLE: dict[str, dict[str, Launch]] = {}
+TABLE: dict[str, dict[str, Launch]] = {
+    # By the block that the features fill: rows and columns of a tile.
+    "mmd_sweep_half_64": {"": Launch((64, 64), 4, 2)},
+    "mmd_sweep_half_128": {"": Launch((64, 64), 4, 2)},
+    "mmd_sweep_half_256": {"": Launch((64, 32), 8, 2)},
+    "mmd_sweep_fp32_64": {"": Launch((64, 32), 4, 2)},
+    "mmd_sweep_fp32_128": {"": Launch((64, 32), 8, 2)},
+    "mmd_sweep_fp32_256": {"": Launch((32, 32), 8, 1)},
+    "mmd_slopes": {"": Launch((4, 256), 4, 2)},
+}
 
 
 def settings(kernel: str, device: torch.device) -> Launch:
