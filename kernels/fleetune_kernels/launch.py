@@ -19,14 +19,30 @@ class Launch:
 
 # Kernel, then architecture; "" serves every other one.
 TABLE: dict[str, dict[str, Launch]] = {
-    # By the block that the features fill: rows and columns of a tile.
-    "mmd_sweep_half_64": {"": Launch((64, 64), 4, 2)},
-    "mmd_sweep_half_128": {"": Launch((64, 64), 4, 2)},
-    "mmd_sweep_half_256": {"": Launch((64, 32), 8, 2)},
-    "mmd_sweep_fp32_64": {"": Launch((64, 32), 4, 2)},
-    "mmd_sweep_fp32_128": {"": Launch((64, 32), 8, 2)},
-    "mmd_sweep_fp32_256": {"": Launch((32, 32), 8, 1)},
-    "mmd_slopes": {"": Launch((4, 256), 4, 2)},
+    # By the block that the features fill; blocks of rows and of columns.
+    "mmd_sweep_half_64": {
+        "": Launch((128, 64), 8),
+        "sm_100": Launch((64, 64), 8),
+        "gfx942": Launch((64, 64), 4),
+    },
+    "mmd_sweep_half_128": {
+        "": Launch((128, 64), 8),
+        "sm_100": Launch((64, 64), 8),
+        "gfx942": Launch((64, 32), 4),
+    },
+    "mmd_sweep_half_256": {
+        "": Launch((64, 64), 8),
+        "gfx942": Launch((32, 32), 4),
+    },
+    "mmd_sweep_fp32_64": {
+        "": Launch((32, 32), 4),
+        "sm_100": Launch((64, 64), 8),
+    },
+    "mmd_sweep_fp32_128": {
+        "": Launch((16, 32), 4),
+        "gfx942": Launch((64, 32), 4),
+    },
+    "mmd_slopes": {"": Launch((8, 256), 4)},
 }
 
 

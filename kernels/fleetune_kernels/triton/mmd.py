@@ -1,7 +1,7 @@
 """The sums of `pairwise` for one layer on a GPU: the gradient's row sums formed as in flash attention.
 
-Up to 256 features one kernel does all: a program keeps a block of rows, walks over the columns, and holds the sums in
-registers. Beyond that the sums do not fit: row chunks by cuBLAS, whose products an elementwise kernel turns into slopes.
+Up to 256 features (128 in fp32) one kernel does all: a program keeps a block of rows, walks over the columns, and
+holds the sums in registers. More would not fit: row chunks by cuBLAS, whose products one kernel turns into slopes.
 Nothing is halved by symmetry, since programs would have to add to each other's rows.
 
 fp32 features are centred first and multiplied as three TF32 products (ieee on AMD); bf16 and fp16 features are
@@ -21,7 +21,7 @@ import triton.language as tl
 from fleetune_kernels.launch import settings
 from fleetune_kernels.pairwise import Pairs
 
-WIDEST_SWEEP = 256
+WIDEST_SWEEP = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # three TF32 products take more registers
 CHUNK_BYTES = 64 * 2**20  # of products
 SPLITS = 8  # programs that share a row of a chunk
 LOG2_E = 1.4426950408889634
@@ -207,7 +207,7 @@ def sweep(pairs: Pairs) -> tuple[torch.Tensor, list[torch.Tensor]]:
     ]
     row_scales = 4 * pairs.ratios[-1] * scale * largest * row_weights
     inputs = _Inputs(rows, columns, row_norms, column_norms, weights / largest, row_scales, scale * LOG2_E, gradients)
-    kernel_sums = (_by_sweep if rows.shape[1] <= WIDEST_SWEEP else _by_chunks)(pairs, inputs)
+    kernel_sums = (_by_sweep if rows.shape[1] <= WIDEST_SWEEP[rows.dtype] else _by_chunks)(pairs, inputs)
     return largest * torch.dot(row_weights.double(), kernel_sums.double()), gradients
 
 
