@@ -133,7 +133,7 @@ def lmmd(
             options = problem.kernel_options(layer=0)
             source, target = problem.everyone(0)[0], problem.everyone(1)[0]
             return reference.lmmd(source, target, labels, probs, **options)
-        return problem.over_pairs(_class_weights(labels, probs), unbiased=False)
+        return problem.over_pairs(_class_weights(labels, probs), unbiased=False, uniform=False)
 
 
 def coral(
@@ -182,7 +182,8 @@ def _joint(
         if estimator == "linear":
             return problem.linear()
         signed = [problem.weights(source_weights, 0)[:, None], -problem.weights(target_weights, 1)[:, None]]
-        return problem.over_pairs(signed, unbiased=estimator == "unbiased")
+        uniform = source_weights is None and target_weights is None
+        return problem.over_pairs(signed, unbiased=estimator == "unbiased", uniform=uniform)
 
 
 def _class_weights(labels: torch.Tensor, probs: torch.Tensor) -> list[torch.Tensor]:  # (n,), (m, C) -> (n, C), (m, C)

@@ -41,6 +41,7 @@ class Pairs:
     num_kernels: int
     factor: float
     unbiased: bool
+    uniform: bool  # all weights of a side are equal
 
     @property
     def layers(self) -> int:
@@ -70,6 +71,12 @@ class Pairs:
         if not self.unbiased:
             return self.column_weights[0].new_ones(2)
         return torch.stack([1 / (1 - side.square().sum()) for side in self.column_weights])
+
+    def uniform_weight(self, side: int, seen_from: int) -> float:
+        """That of every row of a side, to rows of either, where nobody gave weights: known to the host."""
+        rows = len(self.columns[side])
+        same_side = 1 / (1 - 1 / rows) if self.unbiased and side == seen_from else 1.0
+        return (-same_side if side else same_side) / rows
 
     @cached_property
     def centred(self) -> list[Centred]:

@@ -11,7 +11,8 @@ from fleetune_kernels.pairwise import Pairs
 
 SCHEMA = (
     "(Tensor[] rows, Tensor[] columns, Tensor[] row_weights, Tensor[] column_weights, int[] offsets, "
-    "Tensor? bandwidths, bool[] wanted, int num_kernels, float factor, bool unbiased, str backend) -> Tensor[]"
+    "Tensor? bandwidths, bool[] wanted, int num_kernels, float factor, bool unbiased, bool uniform, str backend) "
+    "-> Tensor[]"
 )
 
 
@@ -26,6 +27,7 @@ def _forward(
     num_kernels: int,
     factor: float,
     unbiased: bool,
+    uniform: bool,
     backend: str,
 ) -> list[torch.Tensor]:
     """[loss, a gradient for each of the rows]: see `Pairs`. The loss is in fp64, gradients in fp32 or fp64."""
@@ -40,6 +42,7 @@ def _forward(
         num_kernels,
         factor,
         unbiased,
+        uniform,
     )
     if backend == "triton" and pairs.layers == 1 and not pairs.weighted_by_class:
         from fleetune_kernels.triton.mmd import sweep
@@ -89,7 +92,7 @@ def _backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
             continue
         factor = scale.to(gradient.dtype)
         found.append((gradient.mul_(factor) if in_place else gradient * factor).to(ctx.dtype))
-    return found, [None] * ctx.columns, [None] * 2, [None] * (2 if ctx.columns else 0), *[None] * 7
+    return found, [None] * ctx.columns, [None] * 2, [None] * (2 if ctx.columns else 0), *[None] * 8
 
 
 def _keeps_graph() -> bool:

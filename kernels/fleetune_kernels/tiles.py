@@ -148,11 +148,15 @@ class _Sweep:
         index = 2 * layer + to.side
         if not self.pairs.wanted[index]:
             return
-        features, weights = of.features[layer][:, :-2], self.weights(of, to.side)
-        if not self.pairs.weighted_by_class:
+        features, alpha = of.features[layer][:, :-2], 1.0
+        if self.pairs.uniform:  # no pass over the features
+            weights, alpha = self.ones[: len(features)], self.pairs.uniform_weight(of.side, to.side)
+        else:
+            weights = self.weights(of, to.side)
+        if not (self.pairs.uniform or self.pairs.weighted_by_class):
             features = torch.mul(features, weights[:, None], out=_tile(self.weighted, features.shape))
-        self.gradients[index][to.span].addmm_(slope, features)
-        self.row_sums[index][to.span].addmv_(slope, weights)
+        self.gradients[index][to.span].addmm_(slope, features, alpha=alpha)
+        self.row_sums[index][to.span].addmv_(slope, weights, alpha=alpha)
 
     def weights(self, of: Block, seen_from: int | None) -> torch.Tensor:
         """(B,): a_j as the rows of a side weight it, a_i itself for None; 1 where the tile has its weights already."""

@@ -98,7 +98,7 @@ class TwoSides:
 
     # ------------------------------------------------------------ the losses
 
-    def over_pairs(self, weights: list[torch.Tensor], unbiased: bool) -> torch.Tensor:
+    def over_pairs(self, weights: list[torch.Tensor], *, unbiased: bool, uniform: bool) -> torch.Tensor:
         """sum_ij omega_ij k_ij, of the signed weights (rows of all ranks, C) of both sides."""
         features = [layer for pair in zip(*self.sides, strict=True) for layer in pair]
         offsets = [offset(counts, self.group) for counts in self.counts]
@@ -119,6 +119,7 @@ class TwoSides:
             self.num_kernels,
             self.factor,
             unbiased,
+            uniform,
             self.chosen,
         )[0]
         if self.group is not None:  # the others' shares, which have no gradient here

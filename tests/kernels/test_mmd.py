@@ -313,7 +313,7 @@ def pairs_of(source: torch.Tensor, target: torch.Tensor, unbiased: bool = False)
         torch.full_like(side[:, :1], sign / len(side), dtype=torch.float32)
         for side, sign in zip(sides, (1, -1), strict=True)
     ]
-    return Pairs(sides, sides, weights, weights, [0, 0], None, [True, True], 5, 2.0, unbiased)
+    return Pairs(sides, sides, weights, weights, [0, 0], None, [True, True], 5, 2.0, unbiased, uniform=False)
 
 
 def test_no_matrix_of_all_pairs_lives() -> None:
