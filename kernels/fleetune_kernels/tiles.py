@@ -14,7 +14,7 @@ import torch
 
 from fleetune_kernels.pairwise import Pairs
 
-TILE = 1024  # rows and columns of a tile: the three of one layer take 12 MB in fp32, which a CPU's last cache holds
+TILE = 1024  # rows and columns of a tile: the two of one layer take 8 MB in fp32, which a CPU's last cache holds
 GPU_TILE = 4096
 
 
@@ -58,7 +58,7 @@ class _Sweep:
         self.products, self.power = like.new_empty(area), like.new_empty(0 if pairs.factor == 2 else area)
         self.slopes = [like.new_empty(area) for _ in widths]
         several = pairs.weighted_by_class or len(widths) > 1
-        self.kernels = [like.new_empty(area) for _ in widths] if several else []
+        self.kernels = [like.new_empty(area) for _ in widths] if several else []  # their sum is enough for one layer
         self.ones = like.new_ones(tile)
         self.loss = torch.zeros((), dtype=torch.float64, device=like.device)
         # Of each of the rows, sum_j omega_ij g_ij z_j, which becomes the gradient, and sum_j omega_ij g_ij.

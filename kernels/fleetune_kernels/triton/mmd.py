@@ -7,6 +7,8 @@ Nothing is halved by symmetry, since programs would have to add to each other's 
 fp32 features are centred first and multiplied as three TF32 products (ieee on AMD); bf16 and fp16 features are
 multiplied as they are, and summed in fp32. A slope is rounded to their type once, and its row sum is taken of the
 rounded, so that sum_j g_ij (x_j - x_i) cancels as it should.
+
+Memory: a copy of the features, source and target together; beyond 256 features also the products of a chunk.
 """
 
 from __future__ import annotations
