@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fleetune_kernels.launch import Launch, for_architecture
-from fleetune_kernels.triton import cross_entropy
+from fleetune_kernels.triton import cross_entropy, mmd
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -62,6 +62,7 @@ class Usage:
 def variants(architecture: str) -> Iterator[Variant]:
     """Every variant that the ops launch on the architecture, at its settings."""
     yield from _cross_entropy_variants(architecture)
+    yield from _mmd_variants(architecture)
 
 
 def variant(name: str, kernel: Any, arguments: dict[str, str], constants: dict[str, Any], launch: Launch) -> Variant:
@@ -94,6 +95,58 @@ def _cross_entropy_variants(architecture: str) -> Iterator[Variant]:
         scale = for_architecture("scale", architecture)
         arguments = {"gradient": f"*{dtype}", "factor": "*fp32", "size": "i64"}
         yield variant(f"scale {dtype}", cross_entropy.scale_kernel, arguments, {"BLOCK": scale.block[0]}, scale)
+
+
+def _mmd_variants(architecture: str) -> Iterator[Variant]:
+    options = {"FACTOR": 2.0, "NUM_KERNELS": 5, "UNBIASED": True}
+    for dtype, kind in (("bf16", "half"), ("fp32", "fp32")):
+        yield _mmd_slopes(mmd.slopes_kernel, architecture, dtype, options)
+        for block_d in (64, 128, 256) if kind == "half" else (64, 128):
+            settings = for_architecture(f"mmd_sweep_{kind}_{block_d}", architecture)
+            constants = {
+                **options,
+                "WANT_SOURCE": True,
+                "WANT_TARGET": True,
+                "UPCAST": False,
+                "PRECISION": "ieee" if architecture.startswith("gfx") else "tf32x3",
+                "BLOCK_M": settings.block[0],
+                "BLOCK_N": settings.block[1],
+                "BLOCK_D": block_d,
+            }
+            pointers = {"rows": f"*{dtype}", "columns": f"*{dtype}"}
+            pointers |= dict.fromkeys(("row_norms", "column_norms", "weights", "same", "row_scales", "scale"), "*fp32")
+            pointers |= dict.fromkeys(("source_gradient", "target_gradient", "kernel_sums"), "*fp32")
+            counts = ("source_rows", "target_rows", "column_count", "column_split", "source_offset", "target_offset")
+            yield Variant(
+                name=f"mmd_sweep {dtype} D={block_d}",
+                kernel=mmd.sweep_kernel,
+                signature=pointers
+                | dict.fromkeys((*counts, "dimension"), "i32")
+                | dict.fromkeys(constants, "constexpr"),
+                constants=constants,
+                num_warps=settings.num_warps,
+                num_stages=settings.num_stages,
+                aligned=(*pointers, "dimension"),
+            )
+
+
+def _mmd_slopes(kernel: Any, architecture: str, dtype: str, options: dict[str, Any]) -> Variant:
+    settings = for_architecture("mmd_slopes", architecture)
+    constants = {**options, "BLOCK_M": settings.block[0], "BLOCK_N": settings.block[1]}
+    pointers = {"products": "*fp32", "slopes": f"*{dtype}"}
+    pointers |= dict.fromkeys(
+        ("row_norms", "column_norms", "weights", "same", "scale", "kernel_sums", "row_sums"), "*fp32"
+    )
+    counts = ("row_count", "column_count", "column_split", "side", "diagonal_offset", "width")
+    return Variant(
+        name=f"mmd_slopes {dtype}",
+        kernel=kernel,
+        signature=pointers | dict.fromkeys(counts, "i32") | dict.fromkeys(constants, "constexpr"),
+        constants=constants,
+        num_warps=settings.num_warps,
+        num_stages=settings.num_stages,
+        aligned=(*pointers, "column_count"),
+    )
 
 
 def compile_variant(variant: Variant, architecture: str) -> Usage:

@@ -1,7 +1,18 @@
 """Losses for fine-tuning. On torch and triton alone; usable without Fleetune."""
 
 from fleetune_kernels.linear_cross_entropy import linear_cross_entropy
+from fleetune_kernels.mmd import coral, jmmd, lmmd, mmd
 from fleetune_kernels.reference import Stats, supervised_weight
 from fleetune_kernels.softmax_cross_entropy import check_labels, cross_entropy
 
-__all__ = ["Stats", "check_labels", "cross_entropy", "linear_cross_entropy", "supervised_weight"]
+__all__ = [
+    "Stats",
+    "check_labels",
+    "coral",
+    "cross_entropy",
+    "jmmd",
+    "linear_cross_entropy",
+    "lmmd",
+    "mmd",
+    "supervised_weight",
+]

@@ -33,6 +33,30 @@ TABLE: dict[str, dict[str, Launch]] = {
         "sm_100": Launch((4096,), 16),
     },
     "scale": {"": Launch((4096,), 8)},
+    # By the block that the features fill; blocks of rows and of columns.
+    "mmd_sweep_half_64": {
+        "": Launch((128, 64), 8),
+        "sm_100": Launch((64, 64), 8),
+        "gfx942": Launch((64, 64), 4),
+    },
+    "mmd_sweep_half_128": {
+        "": Launch((128, 64), 8),
+        "sm_100": Launch((64, 64), 8),
+        "gfx942": Launch((64, 32), 4),
+    },
+    "mmd_sweep_half_256": {
+        "": Launch((64, 64), 8),
+        "gfx942": Launch((32, 32), 4),
+    },
+    "mmd_sweep_fp32_64": {
+        "": Launch((32, 32), 4),
+        "sm_100": Launch((64, 64), 8),
+    },
+    "mmd_sweep_fp32_128": {
+        "": Launch((16, 32), 4),
+        "gfx942": Launch((64, 32), 4),
+    },
+    "mmd_slopes": {"": Launch((8, 256), 4)},
 }
 
 

@@ -1,0 +1,178 @@
+"""What the losses between two sets of features share: checks, bandwidths, weights, the rows of other ranks."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from fleetune_kernels.backends import choose, floating
+from fleetune_kernels.gathering import Sizes, check_sizes, gather, offset, total, with_own
+from fleetune_kernels.pairwise import centre_of, mean_distance
+from fleetune_kernels.pairwise_op import sum_over_pairs
+
+Bandwidth = float | torch.Tensor
+
+
+class TwoSides:
+    """Source and target features, of one layer or several, of this rank or all, and the kernel to compare them with."""
+
+    def __init__(
+        self,
+        source: Mapping[str, torch.Tensor],  # each layer by its argument's name
+        target: Mapping[str, torch.Tensor],
+        num_kernels: int,
+        factor: float,
+        group: torch.distributed.ProcessGroup | None,
+        sizes: Sizes | None,
+        backend: str,
+    ) -> None:
+        _check_features(source, target)
+        self.sides = list(source.values()), list(target.values())
+        first = self.sides[0][0]
+        self.chosen = choose(backend, first)
+        if num_kernels < 1 or num_kernels != int(num_kernels):
+            raise ValueError(f"num_kernels: {num_kernels!r}; should be a whole number of at least 1")
+        if not 0 < factor < math.inf:
+            raise ValueError(f"factor: {factor!r}; should be above 0")
+        self.num_kernels, self.factor, self.group = int(num_kernels), float(factor), group
+        self.own_rows = len(first), len(self.sides[1][0])
+        self.counts = list(zip(*check_sizes(group, sizes, self.own_rows), strict=True))  # of every rank, by side
+        self.rows = sum(self.counts[0]), sum(self.counts[1])
+        self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.bandwidths: list[torch.Tensor] | None = None
+
+    def take_bandwidths(self, given: Mapping[str, Bandwidth] | None) -> None:
+        if given is None:
+            return
+        self.bandwidths = []
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor):
+                if value.numel() != 1 or value.device != self.sides[0][0].device:
+                    raise ValueError(
+                        f"{name}: shape {tuple(value.shape)} on {value.device}; "
+                        f"should be one number, on {self.sides[0][0].device} like the features"
+                    )
+                self.bandwidths.append(value.detach().reshape(()).to(self.dtype))
+            elif not 0 < value < math.inf:
+                raise ValueError(f"{name}: {value!r}; should be above 0")
+            else:
+                self.bandwidths.append(self._full((), value))
+
+    def need_rows(self, least: int, what: str) -> None:
+        for name, rows in zip(("source", "target"), self.rows, strict=True):
+            if rows < least:
+                raise ValueError(f"{name}: {rows} rows; {what} needs at least {least}")
+
+    def full_precision(self) -> AbstractContextManager[Any]:
+        """The losses are computed in fp32 under autocast too."""
+        return torch.autocast(self.sides[0][0].device.type, enabled=False)
+
+    # ------------------------------------------------------------ all ranks' rows
+
+    def everyone(self, side: int) -> list[torch.Tensor]:
+        """By layer; this rank's with their gradient."""
+        return [with_own(layer, self.counts[side], self.group) for layer in self.sides[side]]
+
+    def gather(self, own: torch.Tensor, side: int) -> torch.Tensor:
+        own = own.detach()
+        return own if self.group is None else gather(own, self.counts[side], self.group)
+
+    def weights(self, given: torch.Tensor | None, side: int) -> torch.Tensor:
+        """(rows of all ranks,), with sum 1."""
+        if given is None:
+            return self._full((self.rows[side],), 1 / self.rows[side])
+        everyone = self.gather(given.to(self.dtype), side)
+        return everyone / everyone.sum()
+
+    def kernel_options(self, layer: int | None = None) -> dict[str, Any]:
+        """For the reference, which takes the bandwidths of all layers, or the one of a single layer."""
+        one = None if self.bandwidths is None or layer is None else self.bandwidths[layer]
+        bandwidth = self.bandwidths if layer is None else one
+        return {"num_kernels": self.num_kernels, "factor": self.factor, "bandwidth": bandwidth}
+
+    # ------------------------------------------------------------ the losses
+
+    def over_pairs(self, weights: list[torch.Tensor], *, unbiased: bool, uniform: bool) -> torch.Tensor:
+        """sum_ij omega_ij k_ij, of the signed weights (rows of all ranks, C) of both sides."""
+        features = [layer for pair in zip(*self.sides, strict=True) for layer in pair]
+        offsets = [offset(counts, self.group) for counts in self.counts]
+        columns, own = [], weights
+        if self.group is not None:
+            columns = [self.gather(layer, index % 2) for index, layer in enumerate(features)]
+            own = [
+                side[start : start + rows] for side, start, rows in zip(weights, offsets, self.own_rows, strict=True)
+            ]
+        loss: torch.Tensor = sum_over_pairs(
+            features,
+            columns,
+            own,
+            weights if columns else [],
+            offsets,
+            None if self.bandwidths is None else torch.stack(self.bandwidths),
+            [torch.is_grad_enabled() and layer.requires_grad for layer in features],
+            self.num_kernels,
+            self.factor,
+            unbiased,
+            uniform,
+            self.chosen,
+        )[0]
+        if self.group is not None:  # the others' shares, which have no gradient here
+            loss = loss + (total(loss, self.group) - loss.detach())
+        return loss.to(self.dtype)
+
+    def linear(self) -> torch.Tensor:
+        """The mean of k(s, s') + k(t, t') - k(s, t') - k(s', t) over consecutive rows s, s' and t, t': O(n)."""
+        sides = self.everyone(0), self.everyone(1)
+        used = min(self.rows) // 2 * 2
+        kernels = []
+        for layer, (source, target) in enumerate(zip(*sides, strict=True)):
+            if self.bandwidths is None:
+                _, norms = centre_of([source.detach(), target.detach()], self.dtype)
+                bandwidth = mean_distance(norms)
+            else:
+                bandwidth = self.bandwidths[layer]
+            s, t = source[:used].to(self.dtype), target[:used].to(self.dtype)
+            differences = [s[::2] - s[1::2], t[::2] - t[1::2], s[::2] - t[1::2], s[1::2] - t[::2]]
+            distances = torch.stack([difference.square().sum(1) for difference in differences])  # (4, used / 2)
+            variances = [self.factor ** (q - self.num_kernels // 2) * bandwidth for q in range(self.num_kernels)]
+            kernels.append(functools.reduce(operator.add, [torch.exp(distances / (-2 * v)) for v in variances]))
+        within_source, within_target, across, back = functools.reduce(operator.mul, kernels)
+        loss: torch.Tensor = (within_source + within_target - across - back).mean()
+        return loss
+
+    def covariance(self, side: int) -> torch.Tensor:  # (D, D)
+        """Of all ranks' rows, with the gradient of this rank's; the mean may be fixed, since sum_i (x_i - mean) = 0."""
+        rows = self.sides[side][0].to(self.dtype)
+        mean = total(rows.sum(0), self.group) / self.rows[side]
+        centred = rows - mean
+        own: torch.Tensor = centred.t() @ centred / (self.rows[side] - 1)
+        return own if self.group is None else own + (total(own, self.group) - own.detach())
+
+    def _full(self, shape: tuple[int, ...], value: float) -> torch.Tensor:
+        return torch.full(shape, value, dtype=self.dtype, device=self.sides[0][0].device)
+
+
+def _check_features(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError where layers are no matrices, or source and target differ in columns, dtype or device."""
+    first = next(iter(source.values()))
+    for side in (source, target):
+        rows = len(next(iter(side.values())))
+        for name, layer in side.items():
+            floating(name, layer)
+            if layer.ndim != 2 or layer.shape[1] == 0:
+                raise ValueError(f"{name}: shape {tuple(layer.shape)}; should be (rows, features)")
+            if len(layer) != rows:
+                raise ValueError(f"{name}: {len(layer)} rows; should be {rows} as in the first layer")
+            if (layer.dtype, layer.device) != (first.dtype, first.device):
+                raise ValueError(
+                    f"{name}: {layer.dtype} on {layer.device}; the source is {first.dtype} on {first.device}"
+                )
+    for (name, one), other in zip(target.items(), source.values(), strict=True):
+        if one.shape[1] != other.shape[1]:
+            raise ValueError(f"{name}: {one.shape[1]} features; the source has {other.shape[1]}")
