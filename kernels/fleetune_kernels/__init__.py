@@ -1,5 +1,6 @@
 """Losses for fine-tuning. On torch and triton alone; usable without Fleetune."""
 
+from fleetune_kernels.distillation import distillation_loss
 from fleetune_kernels.linear_cross_entropy import linear_cross_entropy
 from fleetune_kernels.mmd import coral, jmmd, lmmd, mmd
 from fleetune_kernels.reference import Stats, supervised_weight
@@ -10,6 +11,7 @@ __all__ = [
     "check_labels",
     "coral",
     "cross_entropy",
+    "distillation_loss",
     "jmmd",
     "linear_cross_entropy",
     "lmmd",
