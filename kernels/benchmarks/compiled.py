@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fleetune_kernels.launch import Launch, for_architecture
-from fleetune_kernels.triton import cross_entropy, distillation, mmd
+from fleetune_kernels.triton import cross_entropy, distillation, mmd, softmaxes
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -63,6 +63,7 @@ def variants(architecture: str) -> Iterator[Variant]:
     """Every variant that the ops launch on the architecture, at its settings."""
     yield from _cross_entropy_variants(architecture)
     yield from _distillation_variants(architecture)
+    yield from _softmaxes_variants(architecture)
     yield from _mmd_variants(architecture)
 
 
@@ -125,6 +126,18 @@ def _distillation_variants(architecture: str) -> Iterator[Variant]:
                 labels = every | {"STUDENT_SOFTCAP": 0.0, "TEACHER_SOFTCAP": 0.0}
                 yield variant(f"{name} labels", kernel, rows | more, labels | constants, launch)
             yield variant(f"{name} every option", kernel, rows | more, every | constants, launch)
+
+
+def _softmaxes_variants(architecture: str) -> Iterator[Variant]:
+    launch = for_architecture("softmaxes", architecture)
+    factors = dict.fromkeys(("of_tempered", "of_plain", "background", "figures"), "*fp32")
+    numbers = {"N": "i32", "V": "i32", "inverse_temperature": "fp32"}
+    for dtype in ("bf16", "fp16", "fp32"):
+        arguments = {"logits": f"*{dtype}"} | factors | numbers
+        for name, tempered, softcap in (("plain", False, 0.0), ("every option", True, 30.0)):
+            constants = {"SOFTCAP": softcap, "LOGIT_SCALE": 1.0, "TEMPERED": tempered, "PLAIN": True, "SUMMED": True}
+            constants |= {"WITH_GRADIENT": True, "BLOCK": launch.block[0]}
+            yield variant(f"softmaxes {dtype} {name}", softmaxes.softmaxes_kernel, arguments, constants, launch)
 
 
 def _mmd_variants(architecture: str) -> Iterator[Variant]:

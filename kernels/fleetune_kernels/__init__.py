@@ -6,6 +6,7 @@ from fleetune_kernels.linear_distillation import linear_distillation_loss
 from fleetune_kernels.mmd import coral, jmmd, lmmd, mmd
 from fleetune_kernels.reference import Distilled, Stats, supervised_weight
 from fleetune_kernels.softmax_cross_entropy import check_labels, cross_entropy
+from fleetune_kernels.topk_distillation import topk_distillation_loss
 
 __all__ = [
     "Distilled",
@@ -20,4 +21,5 @@ __all__ = [
     "lmmd",
     "mmd",
     "supervised_weight",
+    "topk_distillation_loss",
 ]
