@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fleetune_kernels.launch import Launch, for_architecture
-from fleetune_kernels.triton import cross_entropy, mmd
+from fleetune_kernels.triton import cross_entropy, distillation, mmd, softmaxes
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -62,6 +62,8 @@ class Usage:
 def variants(architecture: str) -> Iterator[Variant]:
     """Every variant that the ops launch on the architecture, at its settings."""
     yield from _cross_entropy_variants(architecture)
+    yield from _distillation_variants(architecture)
+    yield from _softmaxes_variants(architecture)
     yield from _mmd_variants(architecture)
 
 
@@ -95,6 +97,47 @@ def _cross_entropy_variants(architecture: str) -> Iterator[Variant]:
         scale = for_architecture("scale", architecture)
         arguments = {"gradient": f"*{dtype}", "factor": "*fp32", "size": "i64"}
         yield variant(f"scale {dtype}", cross_entropy.scale_kernel, arguments, {"BLOCK": scale.block[0]}, scale)
+
+
+def _distillation_variants(architecture: str) -> Iterator[Variant]:
+    plain: dict[str, Any] = {
+        "TEMPERED": False,
+        "MASKED": False,
+        "LABELED": False,
+        "SMOOTHED": False,
+        "WITH_GRADIENT": True,
+    }
+    plain |= {"STUDENT_SOFTCAP": 0.0, "TEACHER_SOFTCAP": 0.0, "STUDENT_LOGIT_SCALE": 1.0, "TEACHER_LOGIT_SCALE": 1.0}
+    every: dict[str, Any] = {"TEMPERED": True, "MASKED": True, "LABELED": True, "SMOOTHED": True, "WITH_GRADIENT": True}
+    every |= {"STUDENT_SOFTCAP": 30.0, "TEACHER_SOFTCAP": 30.0, "STUDENT_LOGIT_SCALE": 0.5, "TEACHER_LOGIT_SCALE": 0.5}
+    more = {"mask": "*u8", "labels": "*i64", "ce_coefficients": "*fp32"}
+    numbers = dict.fromkeys(("N", "V", "WIDTH", "student_stride", "gradient_stride", "teacher_stride"), "i32")
+    numbers |= {"ignore_index": "i32"}
+    numbers |= dict.fromkeys(("inverse_temperature", "loss_scale", "beta", "label_smoothing"), "fp32")
+    launch = for_architecture("distillation", architecture)
+    for dtype in ("bf16", "fp32"):  # fp16 differs from bf16 in nothing but its loads and stores
+        rows = {"student": f"*{dtype}", "gradient": f"*{dtype}", "teacher": f"*{dtype}", "kd_coefficients": "*fp32"}
+        rows |= {"kd_losses": "*fp32", "ce_losses": "*fp32"} | numbers
+        for divergence in ("forward_kl", "reverse_kl", "jsd", "tvd"):
+            constants = {"DIVERGENCE": divergence, "BLOCK": launch.block[0]}
+            name, kernel = f"distillation {divergence} {dtype}", distillation.rows_kernel
+            if dtype == "bf16":
+                yield variant(f"{name} plain", kernel, rows, plain | constants, launch)
+                labels = every | {"STUDENT_SOFTCAP": 0.0, "TEACHER_SOFTCAP": 0.0}
+                yield variant(f"{name} labels", kernel, rows | more, labels | constants, launch)
+            yield variant(f"{name} every option", kernel, rows | more, every | constants, launch)
+
+
+def _softmaxes_variants(architecture: str) -> Iterator[Variant]:
+    launch = for_architecture("softmaxes", architecture)
+    factors = dict.fromkeys(("of_tempered", "of_plain", "background", "figures"), "*fp32")
+    numbers = {"N": "i32", "V": "i32", "inverse_temperature": "fp32"}
+    for dtype in ("bf16", "fp32"):
+        arguments = {"logits": f"*{dtype}"} | factors | numbers
+        for name, tempered, softcap in (("plain", False, 0.0), ("every option", True, 30.0)):
+            constants = {"SOFTCAP": softcap, "LOGIT_SCALE": 1.0, "TEMPERED": tempered, "PLAIN": True, "SUMMED": True}
+            constants |= {"WITH_GRADIENT": True, "BLOCK": launch.block[0]}
+            yield variant(f"softmaxes {dtype} {name}", softmaxes.softmaxes_kernel, arguments, constants, launch)
 
 
 def _mmd_variants(architecture: str) -> Iterator[Variant]:

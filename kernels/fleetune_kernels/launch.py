@@ -32,6 +32,8 @@ TABLE: dict[str, dict[str, Launch]] = {
         "sm_90": Launch((4096,), 16),
         "sm_100": Launch((4096,), 16),
     },
+    "distillation": {"": Launch((4096,), 32), "sm_100": Launch((2048,), 16), "gfx942": Launch((4096,), 16)},
+    "softmaxes": {"": Launch((2048,), 16)},
     "scale": {"": Launch((4096,), 8)},
     # By the block that the features fill; blocks of rows and of columns.
     "mmd_sweep_half_64": {

@@ -112,7 +112,11 @@ def distillation_loss(
     elif divergence == "reverse_kl":
         losses = temperature**2 * _kl(student, teacher)
     elif divergence == "jsd":
-        middle = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+        # Where both are -inf the derivative of their sum would be nan, which no factor of 0 undoes.
+        lowest = torch.finfo(student.dtype).min / 4
+        middle = torch.logaddexp(
+            teacher.clamp(min=lowest) + math.log(beta), student.clamp(min=lowest) + math.log1p(-beta)
+        )
         losses = temperature**2 * (beta * _kl(teacher, middle) + (1 - beta) * _kl(student, middle))
     else:
         losses = 0.5 * (teacher.exp() - student.exp()).abs().sum(-1)
@@ -320,7 +324,7 @@ def _cut(logits: torch.Tensor, vocab_size: int | None) -> torch.Tensor:
 def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """sum p (log p - log q), over the last axis; 0 where p is 0."""
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
+    return (p * torch.where(p > 0, log_p - log_q, 0)).sum(-1)
 
 
 def _stats(scores: torch.Tensor, lse: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor) -> Stats:
