@@ -239,7 +239,7 @@ def _mmd(rows: int, width: int, dtype: torch.dtype, eager_runs: bool = True) -> 
     sides: dict[str, Side] = {"fleetune": lambda x: ours.mmd(x["source"], x["target"])}
     if eager_runs:
         sides |= {"eager": eager, "torch.compile": torch.compile(eager)}
-    if _there("pykeops"):
+    if eager_runs and _there("pykeops"):
         sides["keops"] = _keops_mmd
     return Case(
         f"mmd-{rows}+{rows}x{width}",
