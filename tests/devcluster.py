@@ -59,8 +59,8 @@ class DevCluster:
         return result.stdout
 
     def submit(self, script: str, *options: str) -> str:
-        """The job's id; the script is bash."""
-        return self.slurm("sbatch", "--parsable", *options, "--wrap", script).strip()
+        """The job's id; the script is bash, and what it prints goes nowhere unless an option says where."""
+        return self.slurm("sbatch", "--parsable", "--output=/dev/null", *options, "--wrap", script).strip()
 
     def job(self, job: str) -> dict[str, str]:
         """What Slurm knows of a job that it has not forgotten yet: JobState, Restarts, NodeList, ..."""
