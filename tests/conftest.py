@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from devcluster import DevCluster
+from devcluster import devcluster as run_devcluster
 
 ROOT = Path(__file__).parents[1]
 CACHE = Path(tempfile.mkdtemp(prefix="fleetune-tests-"))
@@ -66,3 +68,18 @@ def sst2(shared_data: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFac
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLEETUNE_CACHE", str(tmp_path_factory.mktemp("sst2")))
         return prepare(Recipe.model_validate(recipe), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def devcluster() -> Iterator[DevCluster]:
+    """Three nodes, all idle. Who crashes a node or cuts it off heals it; who submits a job cancels it."""
+    folder = Path(tempfile.mkdtemp(prefix="fleetune-devcluster-"))  # short: sockets stand in it
+    try:
+        started = run_devcluster(folder, "up", "--nodes", "3")
+        if started.returncode == 2:
+            pytest.skip(started.stderr.strip())
+        assert started.returncode == 0, started.stderr
+        yield DevCluster(folder)
+    finally:
+        run_devcluster(folder, "down")
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,102 @@
+"""How an attempt ended, from what its ranks wrote down, and whether another one is made."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import recipe_values
+
+from fleetune import runs
+from fleetune.cluster import supervisor
+from fleetune.recipe import dump_recipe
+from fleetune.schema import Recipe
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> runs.Run:
+    made = runs.Run(tmp_path / "run")
+    made.path.mkdir()
+    values = recipe_values(tmp_path, "run", retries={"crash": 2, "without_progress": 3})
+    made.recipe_file.write_text(dump_recipe(Recipe.model_validate(values)), encoding="utf-8")
+    return made
+
+
+def end_of(run: runs.Run, srun_code: int, *ranks: dict[str, Any]) -> supervisor.End:
+    notes = run.path / "slurm" / "7-0"
+    notes.mkdir(parents=True, exist_ok=True)
+    for number, rank in enumerate(ranks):
+        value = {"reason": "", "signals": [], "time": float(number), **rank}
+        (notes / f"ended-{number}.json").write_text(json.dumps(value), encoding="utf-8")
+    return supervisor._end_of(run, notes, srun_code)
+
+
+SAVED = {"code": runs.SAVED}
+
+
+@pytest.mark.parametrize(
+    ("srun_code", "ranks", "kind", "code"),
+    [
+        (0, [{"code": 0}, {"code": 0}], "done", runs.DONE),
+        (0, [SAVED | {"signals": [signal.SIGUSR2]}, SAVED], "time_limit", runs.SAVED),
+        (0, [SAVED | {"signals": [signal.SIGCONT, signal.SIGTERM]}, SAVED], "preemption", runs.SAVED),
+        (1, [SAVED, {"code": 1, "reason": "rank 1: out of memory"}], "crash", runs.FAILED),
+        (1, [{"code": 1}, {"code": 3, "reason": "nan"}], "wrong", runs.FAILED_FOR_GOOD),
+        (1, [{"code": 2, "reason": "no such file"}], "wrong", runs.WRONG),
+        (137, [], "crash", runs.FAILED),
+        (137, [{"code": 0}], "crash", runs.FAILED),
+    ],
+)
+def test_what_ended_an_attempt(run: runs.Run, srun_code: int, ranks: list[Any], kind: str, code: int) -> None:
+    found = end_of(run, srun_code, *ranks)
+    assert (found.kind, found.code) == (kind, code)
+
+
+def test_a_cancelled_run_is_not_one_whose_time_is_over(run: runs.Run) -> None:
+    (run.path / "cancel.json").write_text("{}", encoding="utf-8")
+    assert end_of(run, 0, SAVED | {"signals": [signal.SIGUSR2]}).kind == "cancel"
+
+
+def test_the_first_rank_that_failed_is_the_one_that_is_named(run: runs.Run) -> None:
+    ranks = [
+        {"code": 1, "reason": "rank 0: connection closed", "time": 5.0},
+        {"code": 1, "reason": "rank 1", "time": 4.0},
+    ]
+    assert end_of(run, 1, *ranks).reason == "rank 1"
+
+
+def attempts(run: runs.Run, *ends: tuple[str, int]) -> str | None:
+    for number, (kind, last_step) in enumerate(ends, start=1):
+        runs.append_jsonl(run.attempts, {"attempt": number, "event": "start", "nodes": []})
+        end = {"attempt": number, "event": "end", "kind": kind, "last_step": last_step, "reason": f"by {kind}"}
+        runs.append_jsonl(run.attempts, end)
+    return supervisor.given_up(run)
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ([], None),
+        ([("preemption", 5)] * 1 + [("crash", 9), ("preemption", 12)], None),
+        ([("crash", 4), ("crash", 8)], None),
+        (
+            [("crash", 4), ("crash", 8), ("crash", 12)],
+            r"given up after 3 attempts that ended by crash \(retries.crash = 2",
+        ),
+        ([("time_limit", n) for n in range(1, 40)], None),
+        ([("preemption", 5), ("preemption", 5), ("preemption", 5)], None),
+        ([("preemption", 5)] * 4, "given up after 3 attempts without a step of progress: by preemption"),
+        ([("node_failure", 0)] * 3, "without a step of progress"),
+        ([("preemption", 5)] * 3 + [("preemption", 6)], None),
+    ],
+)
+def test_each_kind_has_a_budget_and_none_may_stand_still(run: runs.Run, ends: list[Any], said: str | None) -> None:
+    found = attempts(run, *ends)
+    assert (found is None) == (said is None)
+    if said is not None:
+        import re
+
+        assert re.search(said, str(found))

@@ -1,0 +1,153 @@
+"""Whole runs on a real Slurm cluster: sent, interrupted, found again; the same parameters bit for bit in the end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from devcluster import DevCluster, eventually
+from tiny import recipe_values, write_model, write_rows
+
+from fleetune import runs, verify
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared by all nodes, with a model, data and a profile of 2 nodes x 2 ranks."""
+    place = tmp_path_factory.mktemp("slurm")
+    write_model(place / "model", hidden_dropout_prob=0.1)
+    write_rows(place / "train.jsonl", 90)
+    write_rows(place / "validation.jsonl", 31, seed=1)
+    profile = {"partition": "main", "nodes": 2, "ranks_per_node": 2, "time": "10m", "stop_seconds": 30}
+    (place / "profile.yaml").write_text(yaml.safe_dump(profile), encoding="utf-8")
+    return place
+
+
+def recipe(folder: Path, name: str, **training: Any) -> Path:
+    values = recipe_values(folder, name, deepspeed={"zero_stage": 2}, checkpoint={"save_steps": 4})
+    values["training"] |= {"max_steps": STEPS, **training}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values | {"output_dir": str(folder)}), encoding="utf-8")
+    return path
+
+
+def fleetune(cluster: DevCluster, *words: str, code: int = 0) -> str:
+    environment = cluster.environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "fleetune.cli", *words], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def ended(run: runs.Run, kind: str, seconds: float = 240.0) -> dict[str, Any]:
+    """The entry of the attempt that ended so, as soon as there is one."""
+
+    def look() -> dict[str, Any] | None:
+        entries = [e for e in runs.read_jsonl(run.attempts) if e["event"] == "end" and e.get("kind") == kind]
+        return entries[-1] if entries else None
+
+    found = eventually(look, seconds)
+    assert found, f"{kind}: {runs.read_jsonl(run.attempts)}"
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_this_machine(devcluster: DevCluster, folder: Path) -> runs.Run:
+    """The same run as two emulated nodes here."""
+    fleetune(devcluster, "run", str(recipe(folder, "here")), "--nodes", "2", "--nproc-per-node", "2")
+    return runs.Run(folder / "here")
+
+
+@pytest.fixture
+def send(devcluster: DevCluster, folder: Path) -> Iterator[Any]:
+    """Sends a recipe and returns its run; what is left in the queue is cancelled."""
+
+    def sent(name: str, **training: Any) -> runs.Run:
+        said = fleetune(
+            devcluster, "submit", str(recipe(folder, name, **training)), "--cluster", str(folder / "profile.yaml")
+        )
+        assert ", sent" in said
+        return runs.Run(folder / name)
+
+    yield sent
+    devcluster.slurm("scancel", "--user=root")
+
+
+def step_of(run: runs.Run) -> int:
+    return int(runs.last_json(run.metrics).get("step", 0))
+
+
+def same_in_the_end(run: runs.Run, expected: runs.Run) -> None:
+    assert verify.same(expected, run.path) == {"losses": "equal", "data order": "equal", "parameters": "equal"}
+
+
+@pytest.mark.slow
+def test_a_run_on_the_cluster_is_the_run_on_this_machine(
+    devcluster: DevCluster, on_this_machine: runs.Run, folder: Path, send: Any
+) -> None:
+    run = send("whole")
+    again = fleetune(devcluster, "submit", str(folder / "whole.yaml"), "--cluster", str(folder / "profile.yaml"))
+    assert "already" in again
+    ended(run, "done")
+    assert [entry["event"] for entry in runs.read_jsonl(run.attempts)] == ["start", "end"]
+    assert run.eval.exists()
+    same_in_the_end(run, on_this_machine)
+    assert "24/24" in fleetune(devcluster, "status", str(run.path))
+    assert "done" in fleetune(devcluster, "logs", str(run.path))
+
+
+@pytest.mark.slow
+def test_a_preempted_run_loses_no_step_and_goes_on(
+    devcluster: DevCluster, on_this_machine: runs.Run, send: Any
+) -> None:
+    run = send("preempted")
+    assert eventually(lambda: step_of(run) >= 3, 180)
+    devcluster.submit("sleep 5", "--partition=hi", "--nodes=3", "--exclusive")
+    end = ended(run, "preemption")
+    assert end["exit_code"] == runs.SAVED
+    ended(run, "done")
+    starts = [e for e in runs.read_jsonl(run.attempts) if e["event"] == "end"]
+    assert starts[1]["first_step"] == end["last_step"] + 1
+    same_in_the_end(run, on_this_machine)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all_and_the_job_comes_back(
+    devcluster: DevCluster, on_this_machine: runs.Run, send: Any
+) -> None:
+    run = send("killed")
+    assert eventually(lambda: step_of(run) >= 5, 180)
+    victim = subprocess.run(
+        ["pgrep", "-f", f"fleetune.train {run.path}$"], capture_output=True, text=True, check=True
+    ).stdout.split()[-1]
+    os.kill(int(victim), 9)
+    assert "was killed by SIGKILL" in ended(run, "crash")["reason"]
+    ended(run, "done")
+    same_in_the_end(run, on_this_machine)
+
+
+@pytest.mark.slow
+def test_a_cancelled_run_is_saved_and_goes_on_when_it_is_sent_again(
+    devcluster: DevCluster, on_this_machine: runs.Run, folder: Path, send: Any
+) -> None:
+    run = send("cancelled")
+    assert eventually(lambda: step_of(run) >= 3, 180)
+    fleetune(devcluster, "cancel", str(run.path))
+    assert ended(run, "cancel")["exit_code"] == runs.SAVED
+    assert eventually(lambda: not devcluster.slurm("squeue", "--noheader").strip(), 30)
+    time.sleep(1.0)
+    assert ", sent" in fleetune(
+        devcluster, "submit", str(folder / "cancelled.yaml"), "--cluster", str(folder / "profile.yaml")
+    )
+    ended(run, "done")
+    same_in_the_end(run, on_this_machine)
