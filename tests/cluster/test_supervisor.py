@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,4 @@ def test_each_kind_has_a_budget_and_none_may_stand_still(run: runs.Run, ends: li
     found = attempts(run, *ends)
     assert (found is None) == (said is None)
     if said is not None:
-        import re
-
         assert re.search(said, str(found))

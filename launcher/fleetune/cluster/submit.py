@@ -96,16 +96,14 @@ def attached(run: runs.Run) -> Sent | None:
     if not path.exists():
         return None
     job = runs.read_json(path)
-    queue = slurm.queue()
     if "id" not in job:
         _wait_for_sbatch(job)
-        if (id_ := _by_token(job["token"], slurm.queue())) is None:
+        if (id_ := _by_name(_name(run, job["token"]), slurm.queue())) is None:
             return None
         _finish(job, id_)
         job["id"] = id_
         runs.write_json(path, job)
-        queue = slurm.queue()
-    found = queue.get(job["id"])
+    found = slurm.queue().get(job["id"])
     return Sent(run, found.id, found.state, is_new=False) if found is not None and found.is_live else None
 
 
@@ -116,18 +114,22 @@ def as_it_began(recipe: Recipe, run: runs.Run) -> Recipe:
     return recipe
 
 
-def _by_token(token: str, queue: dict[str, slurm.Job]) -> str | None:
+def _by_name(name: str, queue: dict[str, slurm.Job]) -> str | None:
     """Raises RecipeError where the job may have left the queue, and nothing keeps account of it."""
     for job in queue.values():
-        if job.name.endswith(token):
+        if job.name == name:
             return job.id
-    accounted = slurm.accounted()
+    accounted = slurm.accounted(names=[name])
     if accounted is None:
         raise RecipeError(
-            f"whether job *-{token} was sent cannot be known: it is not in the queue, and this cluster keeps no "
-            "accounts (sacct fails); if it has not run, remove job.json from the run's folder"
+            f"whether job {name} was sent cannot be known: it is not in the queue, and this cluster keeps no accounts "
+            "(sacct fails); if it has not run, remove job.json from the run's folder"
         )
-    return next((job.id for job in accounted.values() if job.name.endswith(token)), None)
+    return next(iter(accounted), None)
+
+
+def _name(run: runs.Run, token: str) -> str:
+    return f"{run.path.name}-{token}"
 
 
 def _wait_for_sbatch(job: dict[str, Any]) -> None:
@@ -179,7 +181,7 @@ def _parameters(run: runs.Run, profile: Profile, token: str, code: Path, after: 
         more["mem"] = profile.memory
     return {
         **{name: value for name, value in words.items() if value},
-        "job_name": f"{run.path.name}-{token}",
+        "job_name": _name(run, token),
         "comment": f"fleetune:{token}",
         "time": minutes_of(profile.time),
         "nodes": profile.nodes,
