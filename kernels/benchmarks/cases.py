@@ -66,7 +66,7 @@ def _on_gpu() -> list[Case]:
 
 def _cross_entropy(rows: int, classes: int, dtype: torch.dtype) -> Case:
     def eager(x: Inputs) -> torch.Tensor:
-        return functional.cross_entropy(x["logits"].float(), x["labels"])
+        return functional.cross_entropy(_wide(x["logits"]), x["labels"])
 
     sides: dict[str, Side] = {
         "fleetune": lambda x: ours.cross_entropy(x["logits"], x["labels"]),
@@ -96,7 +96,7 @@ def _cross_entropy(rows: int, classes: int, dtype: torch.dtype) -> Case:
 
 def _linear_cross_entropy(rows: int, classes: int, width: int, dtype: torch.dtype) -> Case:
     def eager(x: Inputs) -> torch.Tensor:
-        return functional.cross_entropy((x["hidden_states"] @ x["lm_head_weight"].T).float(), x["labels"])
+        return functional.cross_entropy(_wide(x["hidden_states"] @ x["lm_head_weight"].T), x["labels"])
 
     sides: dict[str, Side] = {
         "fleetune": lambda x: ours.linear_cross_entropy(x["hidden_states"], x["lm_head_weight"], x["labels"]),
@@ -135,7 +135,7 @@ def _linear_cross_entropy(rows: int, classes: int, width: int, dtype: torch.dtyp
 
 def _distillation(rows: int, classes: int, dtype: torch.dtype) -> Case:
     def eager(x: Inputs) -> torch.Tensor:
-        student, teacher = (torch.log_softmax(x[name].float() / 2, dim=-1) for name in ("student", "teacher"))
+        student, teacher = (torch.log_softmax(_wide(x[name]) / 2, dim=-1) for name in ("student", "teacher"))
         return 4 * functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
     sides: dict[str, Side] = {
@@ -166,9 +166,9 @@ def _distillation(rows: int, classes: int, dtype: torch.dtype) -> Case:
 
 def _linear_distillation(rows: int, classes: int, width: int, dtype: torch.dtype, teacher_width: int) -> Case:
     def eager(x: Inputs) -> torch.Tensor:
-        student = torch.log_softmax((x["hidden_states"] @ x["lm_head_weight"].T).float() / 2, dim=-1)
+        student = torch.log_softmax(_wide(x["hidden_states"] @ x["lm_head_weight"].T) / 2, dim=-1)
         with torch.no_grad():
-            teacher = torch.log_softmax((x["teacher_hidden"] @ x["teacher_weight"].T).float() / 2, dim=-1)
+            teacher = torch.log_softmax(_wide(x["teacher_hidden"] @ x["teacher_weight"].T) / 2, dim=-1)
         return 4 * functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
     def fleetune(x: Inputs) -> torch.Tensor:
@@ -200,7 +200,7 @@ def _linear_distillation(rows: int, classes: int, width: int, dtype: torch.dtype
 
 def _topk_distillation(rows: int, classes: int, width: int, dtype: torch.dtype, k: int) -> Case:
     def eager(x: Inputs) -> torch.Tensor:
-        student = torch.log_softmax((x["hidden_states"] @ x["lm_head_weight"].T).float() / 2, dim=-1)
+        student = torch.log_softmax(_wide(x["hidden_states"] @ x["lm_head_weight"].T) / 2, dim=-1)
         target = x["log_probs"]
         return 4 * (target.exp() * (target - student.gather(-1, x["ids"]))).sum(-1).mean()
 
@@ -227,7 +227,7 @@ def _topk_distillation(rows: int, classes: int, width: int, dtype: torch.dtype, 
 def _mmd(rows: int, width: int, dtype: torch.dtype, eager_runs: bool = True) -> Case:
     def eager(x: Inputs) -> torch.Tensor:
         """The plain pairwise form: N x N distances, one Gaussian after another."""
-        pooled = torch.cat([x["source"], x["target"]]).float()
+        pooled = _wide(torch.cat([x["source"], x["target"]]))
         squares = pooled.square().sum(1)
         distances = (squares[:, None] + squares[None] - 2 * pooled @ pooled.T).clamp(min=0)
         bandwidth = distances.detach().sum() / (len(pooled) * (len(pooled) - 1))
@@ -276,6 +276,11 @@ def _keops_mmd(x: Inputs) -> torch.Tensor:
 
     a, b = source * scale, target * scale
     return mean(a, a) + mean(b, b) - 2 * mean(a, b)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In fp32; fp64, in which the truth is worked out, stays."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _head(device: torch.device, dtype: torch.dtype, rows: int, classes: int, width: int, seed: int = 0) -> Inputs:
