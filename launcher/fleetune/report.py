@@ -77,14 +77,14 @@ def statuses(folders: list[Path], jobs: dict[Path, str]) -> Table:
             raise RecipeError(f"{folder}: is no run folder (it has no run.json)")
         run = runs.Run(folder)
         attempts = runs.read_jsonl(run.attempts)
-        metrics = runs.last_json(run.metrics)
+        metrics = runs.last_json(run.metrics, "train/loss")
         info = run.info()
         step, total = metrics.get("step", 0), info.get("total_steps")
         last = attempts[-1] if attempts else {}
         state = jobs.get(folder) or ("running" if last.get("event") == "start" else "ended" if last else "not begun")
         rate = metrics.get("train/samples_per_second")
         left = f"{(total - step) * info['global_batch_size'] / rate / 60:.0f} min" if total and rate else ""
-        loss = metrics.get("train/loss", metrics.get("eval/loss"))
+        loss = metrics.get("train/loss")
         table.add_row(
             escape(folder.name),
             escape(state),

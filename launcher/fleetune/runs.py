@@ -227,14 +227,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def last_json(path: Path, most: int = 65536) -> dict[str, Any]:
-    """The last whole line of a JSONL file, however long the file is; {} where there is none."""
+def last_json(path: Path, key: str, most: int = 65536) -> dict[str, Any]:
+    """The last whole line of a JSONL file that has the key, however long the file is; {} where there is none."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - most))
         for line in reversed(file.read().split(b"\n")):
             with contextlib.suppress(ValueError):
                 found = json.loads(line)
-                if isinstance(found, dict):
+                if isinstance(found, dict) and key in found:
                     return found
     return {}
 

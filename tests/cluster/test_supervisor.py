@@ -42,8 +42,7 @@ SAVED = {"code": runs.SAVED}
     ("srun_code", "ranks", "kind", "code"),
     [
         (0, [{"code": 0}, {"code": 0}], "done", runs.DONE),
-        (0, [SAVED | {"signals": [signal.SIGUSR2]}, SAVED], "time_limit", runs.SAVED),
-        (0, [SAVED | {"signals": [signal.SIGCONT, signal.SIGTERM]}, SAVED], "preemption", runs.SAVED),
+        (0, [SAVED | {"signals": [signal.SIGUSR2]}, SAVED], "preemption", runs.SAVED),
         (1, [SAVED, {"code": 1, "reason": "rank 1: out of memory"}], "crash", runs.FAILED),
         (1, [{"code": 1}, {"code": 3, "reason": "nan"}], "wrong", runs.FAILED_FOR_GOOD),
         (1, [{"code": 2, "reason": "no such file"}], "wrong", runs.WRONG),
@@ -54,6 +53,15 @@ SAVED = {"code": runs.SAVED}
 def test_what_ended_an_attempt(run: runs.Run, srun_code: int, ranks: list[Any], kind: str, code: int) -> None:
     found = end_of(run, srun_code, *ranks)
     assert (found.kind, found.code) == (kind, code)
+
+
+@pytest.mark.parametrize(("left", "kind"), [(100.0, "time_limit"), (3600.0, "preemption"), (None, "preemption")])
+def test_a_signal_near_the_time_limit_is_the_time_limits(
+    run: runs.Run, left: float | None, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.write_json(run.path / "job.json", {"stop_seconds": 60})
+    monkeypatch.setattr(supervisor.slurm, "seconds_left", lambda job: left)
+    assert end_of(run, 0, SAVED | {"signals": [signal.SIGUSR2]}).kind == kind
 
 
 def test_a_cancelled_run_is_not_one_whose_time_is_over(run: runs.Run) -> None:

@@ -49,10 +49,11 @@ def fleetune(cluster: DevCluster, *words: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def ended(run: runs.Run, kind: str, seconds: float = 240.0) -> dict[str, Any]:
-    """The entry of the attempt that ended so, as soon as there is one."""
+def ended(cluster: DevCluster, run: runs.Run, kind: str, seconds: float = 240.0) -> dict[str, Any]:
+    """The entry of the attempt that ended so, as soon as there is one. Looks as a person does: a held job goes on."""
 
     def look() -> dict[str, Any] | None:
+        fleetune(cluster, "status", str(run.path))
         entries = [e for e in runs.read_jsonl(run.attempts) if e["event"] == "end" and e.get("kind") == kind]
         return entries[-1] if entries else None
 
@@ -84,11 +85,11 @@ def send(devcluster: DevCluster, folder: Path) -> Iterator[Any]:
 
 
 def step_of(run: runs.Run) -> int:
-    return int(runs.last_json(run.metrics).get("step", 0))
+    return int(runs.last_json(run.metrics, "step").get("step", 0))
 
 
 def same_in_the_end(run: runs.Run, expected: runs.Run) -> None:
-    assert verify.same(expected, run.path) == {"losses": "equal", "data order": "equal", "parameters": "equal"}
+    assert verify.same(expected.path, run.path) == {"losses": "equal", "data order": "equal", "parameters": "equal"}
 
 
 @pytest.mark.slow
@@ -98,7 +99,7 @@ def test_a_run_on_the_cluster_is_the_run_on_this_machine(
     run = send("whole")
     again = fleetune(devcluster, "submit", str(folder / "whole.yaml"), "--cluster", str(folder / "profile.yaml"))
     assert "already" in again
-    ended(run, "done")
+    ended(devcluster, run, "done")
     assert [entry["event"] for entry in runs.read_jsonl(run.attempts)] == ["start", "end"]
     assert run.eval.exists()
     same_in_the_end(run, on_this_machine)
@@ -113,9 +114,9 @@ def test_a_preempted_run_loses_no_step_and_goes_on(
     run = send("preempted")
     assert eventually(lambda: step_of(run) >= 3, 180)
     devcluster.submit("sleep 5", "--partition=hi", "--nodes=3", "--exclusive")
-    end = ended(run, "preemption")
+    end = ended(devcluster, run, "preemption")
     assert end["exit_code"] == runs.SAVED
-    ended(run, "done")
+    ended(devcluster, run, "done")
     starts = [e for e in runs.read_jsonl(run.attempts) if e["event"] == "end"]
     assert starts[1]["first_step"] == end["last_step"] + 1
     same_in_the_end(run, on_this_machine)
@@ -131,8 +132,8 @@ def test_a_killed_rank_ends_all_and_the_job_comes_back(
         ["pgrep", "-f", f"fleetune.train {run.path}$"], capture_output=True, text=True, check=True
     ).stdout.split()[-1]
     os.kill(int(victim), 9)
-    assert "was killed by SIGKILL" in ended(run, "crash")["reason"]
-    ended(run, "done")
+    assert "was killed by SIGKILL" in ended(devcluster, run, "crash")["reason"]
+    ended(devcluster, run, "done")
     same_in_the_end(run, on_this_machine)
 
 
@@ -143,11 +144,11 @@ def test_a_cancelled_run_is_saved_and_goes_on_when_it_is_sent_again(
     run = send("cancelled")
     assert eventually(lambda: step_of(run) >= 3, 180)
     fleetune(devcluster, "cancel", str(run.path))
-    assert ended(run, "cancel")["exit_code"] == runs.SAVED
+    assert ended(devcluster, run, "cancel")["exit_code"] == runs.SAVED
     assert eventually(lambda: not devcluster.slurm("squeue", "--noheader").strip(), 30)
     time.sleep(1.0)
     assert ", sent" in fleetune(
         devcluster, "submit", str(folder / "cancelled.yaml"), "--cluster", str(folder / "profile.yaml")
     )
-    ended(run, "done")
+    ended(devcluster, run, "done")
     same_in_the_end(run, on_this_machine)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fleetune import runs
@@ -46,7 +47,11 @@ def job_of(path: Path) -> str:
 
 
 def states(paths: Iterable[Path]) -> dict[Path, str]:
-    """Slurm's state of each run's job that it still knows, by at most two queries; runs without a job are left out."""
+    """Slurm's state of each run's job that it still knows, by at most two queries; runs without a job are left out.
+
+    A requeued job is held for two minutes, from the moment that its last attempt has left the nodes, so that the
+    attempt itself cannot change it: who looks moves its start up, where this user may.
+    """
     ids = {}
     for path in paths:
         with contextlib.suppress(RecipeError):
@@ -60,6 +65,8 @@ def states(paths: Iterable[Path]) -> dict[Path, str]:
     for path, id_ in ids.items():
         if id_ in known:
             job = known[id_]
+            if job.state == "PENDING" and job.reason == "BeginTime" and start_now(id_):
+                job = replace(job, reason="its start was moved up")
             said[path] = f"{job.state.lower()} ({job.reason})" if job.state == "PENDING" else job.state.lower()
     return said
 
@@ -112,6 +119,18 @@ def accounted(ids: Iterable[str] = (), names: Iterable[str] = ()) -> dict[str, J
         id_, state, nodes, name = line.split("|", 3)
         jobs[id_] = Job(id_, state.split()[0], "", nodes, name)  # CANCELLED by 1000
     return jobs
+
+
+def seconds_left(id_: str) -> float | None:
+    """Until the job's time limit; None where it has none."""
+    text = command("squeue", "--noheader", f"--jobs={id_}", "--format=%L").strip()
+    days, _, clock = text.rpartition("-")
+    if not re.fullmatch(r"[\d:]+", clock):  # UNLIMITED, NOT_SET
+        return None
+    seconds = 0
+    for field in clock.split(":"):
+        seconds = 60 * seconds + int(field)
+    return seconds + 86400 * int(days or 0)
 
 
 def hosts(nodes: str) -> list[str]:

@@ -20,7 +20,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,7 +263,6 @@ def conclude(run: runs.Run, job: str, restart: int, srun_code: int) -> int:
     end = _end_of(run, notes, srun_code)
     verdict = _record(run, notes, end)
     if verdict is None and end.kind not in ("done", "cancel", "wrong"):
-        threading.Thread(target=_hurry, args=(job,), daemon=True).start()
         slurm.requeue(job)
         time.sleep(30.0)  # Slurm ends this script
     if verdict is not None:
@@ -284,10 +282,18 @@ def _end_of(run: runs.Run, notes: Path, srun_code: int) -> End:
     if any(one["code"] == runs.SAVED for one in ended) and srun_code == 0:
         if (run.path / "cancel.json").exists():
             return End("cancel", runs.SAVED, "cancelled: stopped and saved")
-        if any(signal.SIGTERM in one["signals"] for one in ended):
-            return End("preemption", runs.SAVED, "preempted: stopped and saved")
-        return End("time_limit", runs.SAVED, "the time limit is near: stopped and saved")
+        if _time_is_over(run, notes.name.partition("-")[0]):
+            return End("time_limit", runs.SAVED, "the time limit is near: stopped and saved")
+        return End("preemption", runs.SAVED, "preempted: stopped and saved")
     return End("crash", runs.FAILED, f"a task ended without a word (srun: {srun_code})")
+
+
+def _time_is_over(run: runs.Run, job: str) -> bool:
+    """Whether Slurm's signal was that of the time limit: it comes up to a minute early."""
+    with contextlib.suppress(slurm.SlurmFailed, OSError, KeyError):
+        left = slurm.seconds_left(job)
+        return left is not None and left < runs.read_json(run.path / "job.json")["stop_seconds"] + 65
+    return False
 
 
 def _record(run: runs.Run, notes: Path, end: End) -> str | None:
@@ -361,13 +367,6 @@ def _why_requeued(run: runs.Run, task: Task, attempt: int) -> tuple[str, str]:
     if "NODE_FAIL" in states:
         return "node_failure", "a node failed"
     return "preemption", "requeued by Slurm before it was saved"
-
-
-def _hurry(job: str) -> None:
-    """A requeued job is held for two minutes; where the user may, its start is moved up as soon as it is pending."""
-    for _ in range(60):
-        time.sleep(0.5)
-        slurm.start_now(job)
 
 
 def main() -> int:
