@@ -51,6 +51,7 @@ CLASSIFICATION: dict[str, Any] = {  # every section and every kind of loss, so t
     "deepspeed": {},
     "evaluation": {},
     "checkpoint": {},
+    "retries": {},
     "tracking": {"wandb": {"mode": "disabled"}},
 }
 REGRESSION = CLASSIFICATION | {"task": "regression", "losses": [{"kind": "mse"}]}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -55,6 +57,37 @@ def same_device(tensor: torch.Tensor, of: str, **others: torch.Tensor | None) ->
     for name, other in others.items():
         if other is not None and other.device != tensor.device:
             raise ValueError(f"{name}: on {other.device}; {of} is on {tensor.device}")
+
+
+def scalar(name: str, tensor: object, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of one element, detached, as a 0-dim one where `like` lies; one on a CPU waits for the device."""
+    if not isinstance(tensor, torch.Tensor) or tensor.numel() != 1:
+        raise ValueError(f"{name}: {tensor!r}; should be a tensor with one element")
+    return tensor.detach().reshape(()).to(like.device)
+
+
+def integers(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Labels or ids; unsigned ones as int64, where an ignore_index below 0 does not wrap round."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name}: {tensor.dtype}; should be integers")
+    return tensor if tensor.dtype.is_signed else tensor.long()
+
+
+def full_precision(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Losses are computed in fp32 under autocast too."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def as_autocast(*tensors: torch.Tensor | None) -> list[Any]:
+    """What a linear layer takes under autocast: all in its dtype. As they are where it is off, or for fp64."""
+    first = next((tensor for tensor in tensors if tensor is not None), None)
+    if first is None or not torch.amp.is_autocast_available(first.device.type):
+        return list(tensors)
+    if not torch.is_autocast_enabled(first.device.type) or first.dtype == torch.float64:
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 def once(name: str) -> None:

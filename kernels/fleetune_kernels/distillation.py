@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from fleetune_kernels import reference
-from fleetune_kernels.backends import choose, floating, once, one_of, same_device
+from fleetune_kernels.backends import choose, floating, once, one_of, same_device, scalar
 from fleetune_kernels.divergences import Options, checked_options, rows
-from fleetune_kernels.reference import as_list, at_least_tiny, supervised_rows
+from fleetune_kernels.reference import as_list, or_infinity, supervised_rows
 from fleetune_kernels.softmax_cross_entropy import REDUCTIONS, SMALL
 
 
@@ -56,6 +56,7 @@ def distillation_loss(
     checked_options(Options(columns, temperature, divergence, beta))
     check_rows(student_logits, "student_logits", mask, token_weights)
     one_of("reduction", reduction, REDUCTIONS)
+    num_items = None if num_items is None else scalar("num_items", num_items, student_logits)
     which = choose(backend, student_logits)
     if which == "reference" or (backend == "auto" and student_logits.numel() <= SMALL and not student_logits.is_cuda):
         return reference.distillation_loss(
@@ -71,12 +72,14 @@ def distillation_loss(
             num_items=num_items,
         )
     leading = student_logits.shape[:-1]
+    divisor = _mean_divisor(student_logits, mask, token_weights, num_items, reduction)
+    late = student_logits.dtype == torch.float16  # as in cross_entropy: 1/num_items would underflow
     loss, _ = torch.ops.fleetune.distillation(
         student_logits.reshape(-1, student_logits.shape[-1]),
         [logits.reshape(-1, logits.shape[-1]) for logits in teachers],
         None if mask is None else mask.reshape(-1),
         None if token_weights is None else token_weights.detach().reshape(-1),
-        _mean_divisor(student_logits, mask, token_weights, num_items, reduction),
+        torch.ones_like(divisor) if late else divisor,
         reduction != "none",
         student_logits.requires_grad and torch.is_grad_enabled(),
         which,
@@ -85,7 +88,7 @@ def distillation_loss(
         divergence,
         beta,
     )
-    found: torch.Tensor = loss if reduction != "none" else loss.reshape(leading)
+    found: torch.Tensor = loss.reshape(leading) if reduction == "none" else loss / divisor if late else loss
     return found
 
 
@@ -125,8 +128,6 @@ def check_rows(
             raise ValueError(f"{argument}: shape {tuple(tensor.shape)} does not fit {name} of shape {shape}")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask: {mask.dtype}; should be bool, True where a row is supervised")
-    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
-        raise ValueError(f"labels: {labels.dtype}; should be integers")
     same_device(of, name, mask=mask, token_weights=token_weights, labels=labels)
 
 
@@ -143,7 +144,7 @@ def _mean_divisor(
         return torch.ones((), dtype=dtype, device=student.device)
     if num_items is None:
         num_items = supervised_rows(student[..., 0], mask, token_weights)
-    return at_least_tiny(num_items.detach().to(student.device), dtype)
+    return or_infinity(num_items.to(student.device), dtype)
 
 
 @torch.library.custom_op("fleetune::distillation", mutates_args=())

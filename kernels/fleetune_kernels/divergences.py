@@ -81,8 +81,10 @@ def rows(
     """
     losses = kd_coefficients.new_zeros(2, len(student))
     triton = backend == "triton"
-    block = BLOCK_BYTES if not triton else MEAN_BYTES if len(teachers) > 1 else math.inf
-    count = int(min(max(1, block // (options.vocab_size * losses.element_size())), max(1, len(student))))
+    count = max(1, len(student))
+    if not triton or len(teachers) > 1:  # one kernel takes all rows of one teacher
+        block = MEAN_BYTES if triton else BLOCK_BYTES
+        count = min(count, max(1, block // (options.vocab_size * losses.element_size())))
     work = None if triton else Workspace(count, options, losses)
     for start in range(0, len(student), count):
         at = slice(start, start + count)

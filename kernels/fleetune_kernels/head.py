@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fleetune_kernels.backends import full_precision
+
 # A chunk is large enough for the GEMMs to be efficient, and small enough for the memory: rows, then bytes.
 CHUNK_ROWS = 4096
 CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 2**29}
@@ -64,29 +66,30 @@ def walk(
     bias = None if bias is None else bias[:vocab_size]
     step = chunk_rows(vocab_size, hidden)
     buffer = hidden.new_empty(min(step, count), vocab_size)
-    for start in range(0, count, step):
-        at = slice(start, min(start + step, count))
-        x = hidden[at] if rows is None else hidden.index_select(0, rows[at])
-        logits = buffer[: at.stop - at.start]
-        if bias is None:
-            torch.mm(x, weight.T, out=logits)
-        else:
-            torch.addmm(bias, x, weight.T, out=logits)
-        turn(logits, at)
-        if wanted.hidden and rows is None:
-            torch.mm(logits, weight, out=gradients.hidden[at])
-        elif wanted.hidden:
-            gradients.hidden.index_copy_(0, rows[at], logits @ weight)  # type: ignore[index]
-        if wanted.weight:
-            _add_product(gradients.weight[:vocab_size], logits.T, x)
-        if wanted.bias:
-            gradients.bias[:vocab_size].add_(logits.sum(0, dtype=gradients.bias.dtype))
+    with full_precision(hidden):
+        for start in range(0, count, step):
+            at = slice(start, min(start + step, count))
+            x = hidden[at] if rows is None else hidden.index_select(0, rows[at])
+            logits = buffer[: at.stop - at.start]
+            if bias is None:
+                torch.mm(x, weight.T, out=logits)
+            else:
+                torch.addmm(bias, x, weight.T, out=logits)
+            turn(logits, at)
+            if wanted.hidden and rows is None:
+                torch.mm(logits, weight, out=gradients.hidden[at])
+            elif wanted.hidden:
+                gradients.hidden.index_copy_(0, rows[at], torch.mm(logits, weight))  # type: ignore[index]
+            if wanted.weight:
+                _add_product(gradients.weight[:vocab_size], logits.T, x)
+            if wanted.bias:
+                gradients.bias[:vocab_size].add_(logits.sum(0, dtype=gradients.bias.dtype))
     return gradients
 
 
 def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """gradient * factor in one pass, rounded once."""
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    """gradient * factor in one pass, rounded once: a factor of no dimension would be rounded to the dtype first."""
+    return torch.mul(gradient, factor.reshape(1), out=torch.empty_like(gradient, dtype=dtype))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

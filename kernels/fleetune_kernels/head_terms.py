@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fleetune_kernels.backends import once
+from fleetune_kernels.backends import once, scalar
 from fleetune_kernels.head import accumulator, scaled
-from fleetune_kernels.reference import Distilled, at_least_tiny, only_rows, supervised_rows, supervised_weight
+from fleetune_kernels.reference import Distilled, only_rows, or_infinity, supervised_rows, supervised_weight
 
 
 class Terms(NamedTuple):
@@ -67,17 +67,14 @@ def terms(
     elif ce_items is None:
         ce_items = supervised_weight(labels, token_weights=token_weights, ignore_index=ignore_index)
     dtype = accumulator(hidden.dtype)
-    divisors = [items.detach().to(hidden.device, dtype) for items in (kd_items, ce_items)]
-    # Nothing to divide by is nothing supervised: its factor is 0, not the largest number there is.
-    factors = [
-        torch.where(divisor > 0, weight / at_least_tiny(divisor, dtype), 0.0)
-        for weight, divisor in zip(weights, divisors, strict=True)
+    names = ("kd_num_items", "ce_num_items")
+    divisors = [
+        or_infinity(scalar(name, items, hidden), dtype) for name, items in zip(names, (kd_items, ce_items), strict=True)
     ]
+    factors = [weight / divisor for weight, divisor in zip(weights, divisors, strict=True)]
     larger = torch.maximum(factors[0].abs(), factors[1].abs())
     common = torch.where(larger > 0, larger, 1.0)
-    return Terms(
-        factors[0] / common, factors[1] / common, common, *(at_least_tiny(divisor, dtype) for divisor in divisors)
-    )
+    return Terms(factors[0] / common, factors[1] / common, common, *divisors)
 
 
 def counted(

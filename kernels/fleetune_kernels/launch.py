@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -77,7 +79,7 @@ def architecture(device: torch.device) -> str:
         return ""
     if torch.version.hip:
         name: str = torch.cuda.get_device_properties(device).gcnArchName
-        return name.split(":")[0]
+        return "gfx942" if name.startswith("gfx9") else name.split(":")[0]  # they share its waves of 64 lanes
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
@@ -87,3 +89,8 @@ def programs(rows: int, device: torch.device) -> int:
     if device.type != "cuda":
         return min(rows, 4)
     return min(rows, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """A kernel is launched on the current device: within it that is the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

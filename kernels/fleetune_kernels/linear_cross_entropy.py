@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fleetune_kernels import reference
-from fleetune_kernels.backends import choose, floating, once, same_device, same_shape
+from fleetune_kernels.backends import as_autocast, choose, floating, integers, once, same_device, same_shape, scalar
 from fleetune_kernels.head import Wanted, accumulator, scaled, walk
 from fleetune_kernels.reference import Stats, only_rows
 from fleetune_kernels.softmax_cross_entropy import (
@@ -48,7 +48,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     num_items: torch.Tensor | None = None,  # scalar, on the device
     return_stats: bool = False,
-    rows: torch.Tensor | None = None,  # (R,): the supervised ones of the flattened rows
+    rows: torch.Tensor | None = None,  # (R,), distinct: the supervised ones of the flattened rows
     low_memory: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -61,6 +61,9 @@ def linear_cross_entropy(
         ValueError: an argument that is wrong, by name; a label that is no class (nan on a GPU, see `check_labels`).
         RuntimeError: a backward pass with create_graph=True.
     """
+    hidden_states, lm_head_weight, bias = as_autocast(hidden_states, lm_head_weight, bias)
+    labels = integers("labels", labels)
+    num_items = None if num_items is None else scalar("num_items", num_items, hidden_states)
     width = check_head(hidden_states, lm_head_weight, bias, rows)
     options = checked_options(
         width, vocab_size, ignore_index, label_smoothing, z_loss, softcap, logit_scale, return_stats
@@ -129,6 +132,8 @@ def check_head(
         raise ValueError(f"{weight_name}: shape {shape}; should be (V, {hidden_states.shape[-1]}){hint}")
     if lm_head_weight.dtype != hidden_states.dtype:
         raise ValueError(f"{weight_name}: {lm_head_weight.dtype}; {hidden_name} has {hidden_states.dtype}")
+    if bias is not None and bias.dtype != lm_head_weight.dtype:
+        raise ValueError(f"{prefix}bias: {bias.dtype}; {weight_name} has {lm_head_weight.dtype}")
     same_shape(f"{prefix}bias", bias, torch.Size([shape[0]]), weight_name)
     same_device(hidden_states, hidden_name, **{weight_name: lm_head_weight, f"{prefix}bias": bias, "rows": rows})
     if rows is not None and (rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool):

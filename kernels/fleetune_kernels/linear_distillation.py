@@ -18,7 +18,7 @@ from dataclasses import asdict
 import torch
 
 from fleetune_kernels import reference
-from fleetune_kernels.backends import choose
+from fleetune_kernels.backends import as_autocast, choose, integers
 from fleetune_kernels.distillation import check_rows, checked_columns
 from fleetune_kernels.divergences import Options, checked_options
 from fleetune_kernels.divergences import rows as divergences
@@ -68,6 +68,7 @@ def linear_distillation_loss(
         ValueError: an argument that is wrong, by name; a label that is no class (nan on a GPU, see `check_labels`).
         RuntimeError: a backward pass with create_graph=True.
     """
+    student_hidden, student_weight, student_bias = as_autocast(student_hidden, student_weight, student_bias)
     hiddens, weights, biases = _teachers(student_hidden, teacher_hidden, teacher_weight, teacher_bias)
     columns = _check_heads(student_hidden, student_weight, student_bias, hiddens, weights, biases, rows, vocab_size)
     options = checked_options(
@@ -84,6 +85,7 @@ def linear_distillation_loss(
             label_smoothing,
         )
     )
+    labels = None if labels is None else integers("labels", labels)
     check_rows(student_hidden, "student_hidden", mask, token_weights, labels)
     check_classes(labels, columns, ignore_index)
     which = choose(backend, student_hidden)
@@ -167,9 +169,9 @@ def _teachers(
         if tensor.device != student_hidden.device:
             raise ValueError(f"teacher_hidden: on {tensor.device}; student_hidden is on {student_hidden.device}")
     return (
-        [tensor.detach() for tensor in hiddens],
-        [tensor.detach() for tensor in weights],
-        [None if tensor is None else tensor.detach() for tensor in biases],
+        as_autocast(*(tensor.detach() for tensor in hiddens)),
+        as_autocast(*(tensor.detach() for tensor in weights)),
+        as_autocast(*(None if tensor is None else tensor.detach() for tensor in biases)),
     )
 
 
@@ -276,7 +278,7 @@ def _op(
         )
 
     gradients = walk(hidden, head, bias, rows, vocab_size, wanted, turn)
-    sums = losses @ weights
+    sums = (losses * weights).sum(1)  # no matrix product: autocast would round it
     loss = kd_scale * sums[0] + ce_scale * sums[1]
     return loss, sums, gradients.hidden, gradients.weight, gradients.bias
 

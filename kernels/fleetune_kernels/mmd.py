@@ -117,6 +117,7 @@ def lmmd(
         ValueError: as `mmd`.
     """
     problem = TwoSides({"source": source}, {"target": target}, num_kernels, factor, group, sizes, backend)
+    problem.need_rows(1, "lmmd")
     problem.take_bandwidths(None if bandwidth is None else {"bandwidth": bandwidth})
     if source_labels.shape != source.shape[:1] or source_labels.is_floating_point():
         raise ValueError(

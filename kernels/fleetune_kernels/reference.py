@@ -49,7 +49,7 @@ def cross_entropy(
     """u_i (CE_i + z_loss lse_i² w[y_i]), CE as in `torch.nn.functional.cross_entropy`, of capped and scaled logits."""
     scores = capped(_cut(logits, vocab_size), softcap, logit_scale)
     kept = labels != ignore_index
-    weight = None if weight is None else weight.to(scores.dtype)
+    weight = None if weight is None else weight.detach().to(scores.dtype)
     targets = labels.masked_fill(~kept, 0).long()
     losses = functional.cross_entropy(
         scores.reshape(-1, scores.shape[-1]),
@@ -261,7 +261,8 @@ def supervised_weight(
     if token_weights is not None:
         total = total * token_weights
     if weight is not None:
-        total = total * weight[labels.masked_fill(~kept, 0).long()]
+        # Kept inside, for a GPU to work on: a label that is no class is found elsewhere, or makes the loss nan.
+        total = total * weight[labels.masked_fill(~kept, 0).long().clamp(0, len(weight) - 1)]
     return total.sum()
 
 
@@ -283,17 +284,18 @@ def reduced(
     divisor: torch.Tensor,
 ) -> torch.Tensor:
     if token_weights is not None:
-        losses = losses * token_weights.to(losses.dtype)
+        losses = losses * token_weights.detach().to(losses.dtype)
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    return losses.sum() / at_least_tiny(divisor if num_items is None else num_items, losses.dtype)
+    return losses.sum() / or_infinity(divisor if num_items is None else num_items, losses.dtype)
 
 
-def at_least_tiny(divisor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """So that nothing supervised is 0 / tiny = 0."""
-    return divisor.to(dtype).clamp(min=torch.finfo(dtype).tiny)
+def or_infinity(divisor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A divisor, or infinity where it is 0: nothing supervised is then 0, and so are its gradients at any scale."""
+    divisor = divisor.to(dtype)
+    return divisor.where(divisor > 0, math.inf)
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
@@ -329,7 +331,8 @@ def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 def _stats(scores: torch.Tensor, lse: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor) -> Stats:
     at_target = scores.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    entropy = lse - (torch.softmax(scores, dim=-1) * scores).sum(-1)
+    p = torch.softmax(scores, dim=-1)
+    entropy = lse - torch.where(p > 0, p * scores, 0.0).sum(-1)  # a masked class is at -inf
     accuracy = (at_target >= scores.amax(-1)).to(scores.dtype)
     return Stats(*(value.masked_fill(~kept, 0.0) for value in (lse, entropy, accuracy, at_target - lse)))
 

@@ -14,14 +14,25 @@ Label smoothing and class weights as in PyTorch; the z-loss is PaLM's (arXiv 220
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from fleetune_kernels import reference
-from fleetune_kernels.backends import choose, floating, once, one_of, same_device, same_shape
-from fleetune_kernels.reference import Stats, at_least_tiny, supervised_weight
+from fleetune_kernels.backends import (
+    choose,
+    floating,
+    full_precision,
+    integers,
+    once,
+    one_of,
+    same_device,
+    same_shape,
+    scalar,
+)
+from fleetune_kernels.reference import Stats, or_infinity, supervised_weight
 
 REDUCTIONS = ("none", "mean", "sum")
 # Bytes of a block of rows that the passes of the torch backend share: small enough for the cache.
@@ -75,6 +86,8 @@ def cross_entropy(
         logits.shape[-1], vocab_size, ignore_index, label_smoothing, z_loss, softcap, logit_scale, return_stats
     )
     floating("logits", logits)
+    labels = integers("labels", labels)
+    num_items = None if num_items is None else scalar("num_items", num_items, logits)
     check_rows(logits, "logits", labels, weight, token_weights, options.vocab_size, reduction)
     which = choose(backend, logits)
     if which == "reference" or (backend == "auto" and logits.numel() <= SMALL and not logits.is_cuda):
@@ -95,18 +108,21 @@ def cross_entropy(
             return_stats=return_stats,
         )
     divisor = mean_divisor(logits, labels, weight, token_weights, ignore_index, num_items, reduction)
+    # In fp16 the gradient of the sum is kept, and divided on its way back: 1/num_items would underflow before a loss
+    # scale can reach it.
+    late = logits.dtype == torch.float16
     loss, _, stats = torch.ops.fleetune.cross_entropy(
         logits.reshape(-1, logits.shape[-1]),
         labels.reshape(-1),
         None if weight is None else weight.detach(),
         None if token_weights is None else token_weights.detach().reshape(-1),
-        divisor,
+        torch.ones_like(divisor) if late else divisor,
         reduction != "none",
         logits.requires_grad and torch.is_grad_enabled(),
         which,
         *asdict(options).values(),
     )
-    loss = loss if reduction != "none" else loss.reshape(labels.shape)
+    loss = loss.reshape(labels.shape) if reduction == "none" else loss / divisor if late else loss
     return (loss, Stats(*stats.detach().reshape(4, *labels.shape))) if return_stats else loss
 
 
@@ -154,8 +170,6 @@ def check_rows(
     one_of("reduction", reduction, REDUCTIONS)
     if labels.shape != scores.shape[:-1]:
         raise ValueError(f"labels: shape {tuple(labels.shape)} does not fit {name} of shape {tuple(scores.shape)}")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"labels: {labels.dtype}; should be integers")
     same_shape("token_weights", token_weights, labels.shape, "labels")
     if weight is not None and weight.shape != (vocab_size,):
         raise ValueError(f"weight: shape {tuple(weight.shape)} does not fit {vocab_size} classes")
@@ -182,7 +196,7 @@ def mean_divisor(
         return torch.ones((), dtype=dtype, device=scores.device)
     if num_items is None:
         num_items = supervised_weight(labels, weight=weight, token_weights=token_weights, ignore_index=ignore_index)
-    return at_least_tiny(num_items.detach().to(scores.device), dtype)
+    return or_infinity(num_items.to(scores.device), dtype)
 
 
 @torch.library.custom_op("fleetune::cross_entropy", mutates_args=())
@@ -264,7 +278,8 @@ def scale_(gradient: torch.Tensor, factor: torch.Tensor, backend: str) -> None:
 
         scale_on_gpu(gradient, factor)
     elif gradient.device.type != "cpu" or factor != 1.0:
-        gradient.mul_(factor)
+        # Of one dimension, or the factor would be rounded to the gradient's dtype first.
+        gradient.mul_(factor.reshape(1))
 
 
 def rows(
@@ -301,7 +316,8 @@ def rows(
         target = gradient is not None
         kept = None if spare is None else spare[: at.stop - start]
         figures = None if stats is None else stats[:, at]
-        losses[at] = _block(x, labels[at], coefficients[at] if target else None, weight, options, kept, figures)
+        with full_precision(x):
+            losses[at] = _block(x, labels[at], coefficients[at] if target else None, weight, options, kept, figures)
         if gradient is not None and buffer is not None:
             gradient[at, : options.vocab_size] = x
             gradient[at, options.vocab_size :] = 0
@@ -324,8 +340,9 @@ def _block(
     if options.softcap:
         x.div_(options.softcap).tanh_().mul_(options.softcap)
     supervised = labels != options.ignore_index
-    targets = labels.masked_fill(~supervised, 0).long()
-    of_row = supervised.to(x.dtype)
+    no_class = supervised & ((labels < 0) | (labels >= columns))  # on a GPU, where nobody has looked yet
+    targets = labels.masked_fill(~supervised | no_class, 0).long()
+    of_row = supervised.to(x.dtype).masked_fill(no_class, math.nan)
     of_label = of_row if weight is None else of_row * weight[targets]
     largest = x.amax(1)
     below = largest - x.gather(1, targets.unsqueeze(1)).squeeze(1)  # how far the label's logit is below the largest
@@ -350,7 +367,9 @@ def _block(
         of_softmax = of_softmax + of_row * (smoothing / columns * total)
     if stats is not None:
         assert kept is not None
-        entropy = lse_of_x - torch.linalg.vecdot(x, kept)
+        # A masked class is at -inf, with probability 0.
+        mean = torch.linalg.vecdot(x, kept) if options.softcap else kept.mul_(x).nan_to_num_(nan=0.0).sum(1)
+        entropy = lse_of_x - mean
         torch.stack([lse, entropy, (below <= 0).to(lse.dtype), -below - log_sum], out=stats)
         stats.masked_fill_(~supervised, 0.0)
     if coefficients is not None:

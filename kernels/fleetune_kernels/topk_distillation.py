@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from fleetune_kernels import reference
-from fleetune_kernels.backends import choose, floating, one_of, same_device
+from fleetune_kernels.backends import as_autocast, choose, floating, integers, one_of, same_device
 from fleetune_kernels.distillation import check_rows, checked_columns
 from fleetune_kernels.divergences import Options as DivergenceOptions
 from fleetune_kernels.divergences import checked_options
@@ -82,10 +82,12 @@ def topk_distillation_loss(
             would wait for the device); a teacher stored at another temperature, which k values cannot undo.
         RuntimeError: a backward pass with create_graph=True.
     """
+    hidden_states, lm_head_weight, bias = as_autocast(hidden_states, lm_head_weight, bias)
     width = check_head(hidden_states, lm_head_weight, bias, rows)
     columns = checked_columns(vocab_size, width)
     cap = checked_softcap("softcap", softcap)
     checked_options(DivergenceOptions(columns, temperature, label_smoothing=label_smoothing))
+    labels = None if labels is None else integers("labels", labels)
     check_rows(hidden_states, "hidden_states", mask, token_weights, labels)
     check_classes(labels, columns, ignore_index)
     filled = _checked_teacher(hidden_states, teacher_ids, teacher_log_probs, teacher_weights, tail, columns)
@@ -230,7 +232,7 @@ def _op(
 
     gradients = walk(hidden, head, bias, rows, vocab_size, wanted, turn)
     losses = losses.where(torch.stack([mask, supervised]), 0.0)
-    sums = losses @ weights
+    sums = (losses * weights).sum(1)  # no matrix product: autocast would round it
     loss = kd_scale * sums[0] + ce_scale * sums[1]
     return loss, sums, gradients.hidden, gradients.weight, gradients.bias
 

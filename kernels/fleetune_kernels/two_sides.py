@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fleetune_kernels.backends import choose, floating
+from fleetune_kernels.backends import choose, floating, full_precision
 from fleetune_kernels.gathering import Sizes, check_sizes, gather, offset, total, with_own
 from fleetune_kernels.pairwise import centre_of, mean_distance
 from fleetune_kernels.pairwise_op import sum_over_pairs
@@ -70,8 +70,7 @@ class TwoSides:
                 raise ValueError(f"{name}: {rows} rows; {what} needs at least {least}")
 
     def full_precision(self) -> AbstractContextManager[Any]:
-        """The losses are computed in fp32 under autocast too."""
-        return torch.autocast(self.sides[0][0].device.type, enabled=False)
+        return full_precision(self.sides[0][0])
 
     # ------------------------------------------------------------ all ranks' rows
 

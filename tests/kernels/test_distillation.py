@@ -409,3 +409,36 @@ def test_pytorch_agrees_on_the_forward_divergence() -> None:
     )
     found = distillation_loss(student, teacher, temperature=2.0, backend="torch")
     torch.testing.assert_close(found, 4 * expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_rows_may_be_strided_or_expanded(backend: str, reduction: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(9, 300, generator=generator).to(DEVICE) for _ in range(2))
+    mask = (torch.arange(18, device=DEVICE).reshape(9, 2) % 3 > 0)[:, 1]
+    weights = torch.linspace(0.5, 2, 18, device=DEVICE).reshape(9, 2)[:, 0]
+    found = []
+    for which in (backend, "reference"):
+        leaf = student.clone().requires_grad_()
+        options = {"mask": mask, "token_weights": weights, "reduction": reduction, "backend": which}
+        loss = distillation_loss(leaf, teacher, **options)
+        found.append((loss, *torch.autograd.grad(loss.sum(), leaf)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_one_launch_takes_all_rows(divergence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fleetune_kernels.triton import distillation as kernels
+
+    launched, rows = [], kernels.rows
+
+    def counted(student: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        launched.append(len(student))
+        rows(student, *arguments, **options)
+
+    monkeypatch.setattr(kernels, "rows", counted)
+    student, teacher = torch.randn(2, 13, 300, device=DEVICE).unbind()
+    found = distillation_loss(student, teacher, divergence=divergence, backend="triton")
+    assert launched == [13]
+    torch.testing.assert_close(found, distillation_loss(student, teacher, divergence=divergence, backend="reference"))

@@ -145,6 +145,49 @@ def test_fp16_gradients_do_not_vanish_under_a_large_divisor(backend: str) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_odd_divisor_rounds_no_gradient_twice(backend: str, dtype: torch.dtype) -> None:
+    tensors, labels = inputs(13, 203, 17)
+    check(tensors, labels, dtype, backend, num_items=torch.tensor(3e3, device=DEVICE))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_by_row_with_every_label_there(backend: str) -> None:
+    """What comes back is then one value for all rows, expanded."""
+    tensors, labels = inputs(13, 50, 12)
+    leaves = {name: tensor.float().requires_grad_() for name, tensor in tensors.items()}
+    found = []
+    for which in (backend, "reference"):
+        loss = linear_cross_entropy(labels=labels.clamp(min=0), reduction="none", backend=which, **leaves)
+        found.append(torch.autograd.grad(loss.sum(), list(leaves.values())))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scaled_loss_of_nothing_has_no_gradient(backend: str) -> None:
+    tensors, labels = inputs(13, 50, 12)
+    leaves = {name: tensor.float().requires_grad_() for name, tensor in tensors.items()}
+    loss = 65536 * linear_cross_entropy(labels=torch.full_like(labels, -100), backend=backend, **leaves)
+    assert not any(gradient.any() for gradient in torch.autograd.grad(loss, list(leaves.values())))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("rows", [None, (1, 2, 5)])
+def test_under_autocast_it_takes_what_a_linear_layer_takes(backend: str, rows: tuple[int, ...] | None) -> None:
+    tensors, labels = inputs(13, 50, 12)
+    leaves = {name: tensor.float().requires_grad_() for name, tensor in tensors.items()}
+    mixed = leaves | {"hidden_states": tensors["hidden_states"].bfloat16().requires_grad_()}
+    picked = None if rows is None else torch.tensor(rows, device=DEVICE)
+    halves = {name: leaf.bfloat16() for name, leaf in leaves.items()}
+    expected = linear_cross_entropy(labels=labels, rows=picked, backend=backend, **halves)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = linear_cross_entropy(labels=labels, rows=picked, backend=backend, **mixed)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(found, list(mixed.values()))
+    assert [gradient.dtype for gradient in gradients] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_weights_gradient_is_accumulated_in_fp32(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16 the sum over many small chunks is no worse than over one."""
     tensors, labels = inputs(256, 60, 8)

@@ -144,6 +144,68 @@ def test_any_strides_and_leading_shape(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("labels_dtype", [torch.int64, torch.int32], ids=str)
+def test_rows_may_be_strided_or_expanded(backend: str, reduction: str, labels_dtype: torch.dtype) -> None:
+    logits, labels = example(9, 300)
+    columns = torch.stack([labels, labels.flip(0)], dim=1).to(labels_dtype)
+    weights = torch.linspace(0.5, 2, 18, device=DEVICE).reshape(9, 2)
+    by_class = torch.linspace(0.1, 1, 600, device=DEVICE).reshape(300, 2)
+    strided = {"weight": by_class[:, 1], "token_weights": weights[:, 0], "label_smoothing": 0.1}
+    check(logits, columns[:, 0], torch.float32, backend, reduction=reduction, **strided)
+    expanded = torch.full((1,), 0.5, device=DEVICE).expand(9)
+    check(logits, columns[:, 1], torch.float32, backend, reduction=reduction, token_weights=expanded)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_loss_scale_reaches_gradients_that_a_large_divisor_makes_small(backend: str, dtype: torch.dtype) -> None:
+    logits, labels = example(9, 300)
+    found, num_items = {}, torch.tensor(3e6, device=DEVICE)
+    for which, kind in ((backend, dtype), ("reference", torch.float64)):
+        leaf = logits.to(dtype).to(kind).requires_grad_()
+        num_items = torch.tensor(3e6, device=DEVICE)
+        (found[which],) = torch.autograd.grad(
+            2**20 * cross_entropy(leaf, labels, num_items=num_items, backend=which), leaf
+        )
+    scaled = {"logits": found["reference"]}
+    assert_no_worse({"logits": found[backend]}, scaled, scaled, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scaled_loss_of_nothing_has_no_gradient(backend: str) -> None:
+    logits, labels = example(5, 300, ignored=1.1)
+    leaf = logits.float().requires_grad_()
+    (gradient,) = torch.autograd.grad(65536 * cross_entropy(leaf, labels, backend=backend), leaf)
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_autocast_changes_nothing(backend: str) -> None:
+    logits, labels = example(9, 300)
+    options = filled({"weight": True, "label_smoothing": 0.1}, labels, 300)
+    outside = cross_entropy(logits.float(), labels, backend=backend, **options)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(cross_entropy(logits.float(), labels, backend=backend, **options), outside)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_unsigned_labels_do_not_wrap_round_to_the_ignored_one(backend: str) -> None:
+    logits, _ = example(6, 300)
+    labels = torch.full((6,), 156, device=DEVICE)  # -100 in eight bits
+    found = cross_entropy(logits.float(), labels.to(torch.uint8), backend=backend)
+    torch.testing.assert_close(found, cross_entropy(logits.float(), labels, backend="reference"))
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_a_label_beyond_32_bits_is_no_class(backend: str) -> None:
+    logits, labels = example(6, 300)
+    ignored = labels.where(labels != -100, 2**40)
+    found = cross_entropy(logits.float(), ignored, ignore_index=2**40, backend=backend)
+    torch.testing.assert_close(found, cross_entropy(logits.float(), labels, backend="reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stats_come_with_the_loss(backend: str, dtype: torch.dtype) -> None:
     logits, labels = example(3, 4, 500)
@@ -274,6 +336,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "labels that are not integers": ({"labels": torch.zeros(6)}, "labels: torch.float32"),
     "a label that is no class": ({"labels": torch.full((6,), 300)}, "labels: 300 is no class; should be 0 to 299"),
     "a negative label": ({"labels": torch.full((6,), -1)}, "labels: -1 is no class"),
+    "a divisor that is no tensor": ({"num_items": 7}, "num_items: 7; should be a tensor with one element"),
+    "several divisors": ({"num_items": torch.ones(2)}, "num_items: tensor"),
     "integer logits": ({"logits": torch.zeros(6, 300, dtype=torch.long)}, "logits: torch.int64"),
     "class weights of another length": ({"weight": torch.ones(4)}, r"weight: shape \(4,\)"),
     "token weights of another shape": ({"token_weights": torch.ones(4)}, r"token_weights: shape \(4,\)"),

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fleetune_kernels.launch import programs, settings
+from fleetune_kernels.launch import on, programs, settings
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def rows_kernel(
 ):
     # Few programs, each with a row at a time: the second read of a row then meets it in the L2 cache.
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
-        label = tl.load(labels + row).to(tl.int32)
+        label = tl.load(labels + row)
         kept = label != ignore_index
         source = logits + tl.cast(row, tl.int64) * logits_stride
         target = gradient + tl.cast(row, tl.int64) * gradient_stride
@@ -159,31 +159,32 @@ def rows(
     plain = not (label_smoothing or softcap or with_stats or class_weight is not None)
     launch = settings("cross_entropy" if plain else "cross_entropy_options", logits.device)
     if count:
-        rows_kernel[(programs(count, logits.device),)](
-            logits,
-            logits if gradient is None else gradient,
-            labels,
-            coefficients,
-            class_weight,
-            None if class_weight is None else class_weight.sum(),
-            losses,
-            stats,
-            count,
-            vocab_size,
-            width,
-            logits.stride(0),
-            0 if gradient is None else gradient.stride(0),
-            ignore_index,
-            LABEL_SMOOTHING=label_smoothing,
-            Z_LOSS=z_loss,
-            SOFTCAP=softcap,
-            LOGIT_SCALE=logit_scale,
-            WEIGHTED=class_weight is not None,
-            WITH_GRADIENT=gradient is not None,
-            WITH_STATS=with_stats,
-            BLOCK=min(launch.block[0], triton.next_power_of_2(width)),
-            num_warps=launch.num_warps,
-        )
+        with on(logits):
+            rows_kernel[(programs(count, logits.device),)](
+                logits,
+                logits if gradient is None else gradient,
+                labels.contiguous(),
+                None if coefficients is None else coefficients.contiguous(),
+                None if class_weight is None else class_weight.contiguous(),
+                None if class_weight is None else class_weight.sum(),
+                losses,
+                stats,
+                count,
+                vocab_size,
+                width,
+                logits.stride(0),
+                0 if gradient is None else gradient.stride(0),
+                ignore_index,
+                LABEL_SMOOTHING=label_smoothing,
+                Z_LOSS=z_loss,
+                SOFTCAP=softcap,
+                LOGIT_SCALE=logit_scale,
+                WEIGHTED=class_weight is not None,
+                WITH_GRADIENT=gradient is not None,
+                WITH_STATS=with_stats,
+                BLOCK=min(launch.block[0], triton.next_power_of_2(width)),
+                num_warps=launch.num_warps,
+            )
     return losses, stats
 
 
@@ -201,4 +202,5 @@ def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     launch = settings("scale", gradient.device)
     if gradient.numel():
         grid = (triton.cdiv(gradient.numel(), launch.block[0]),)
-        scale_kernel[grid](gradient, factor, gradient.numel(), BLOCK=launch.block[0], num_warps=launch.num_warps)
+        with on(gradient):
+            scale_kernel[grid](gradient, factor, gradient.numel(), BLOCK=launch.block[0], num_warps=launch.num_warps)

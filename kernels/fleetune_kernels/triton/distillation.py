@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fleetune_kernels.launch import programs, settings
+from fleetune_kernels.launch import on, programs, settings
 from fleetune_kernels.triton.cross_entropy import capped_logits, uncapped_gradient
 
 # Below every logit, and finite: -inf - -inf is no number.
@@ -92,7 +92,7 @@ def rows_kernel(
         by_label = False
         label = -1
         if LABELED:
-            label = tl.load(labels + row).to(tl.int32)
+            label = tl.load(labels + row)
             by_label = label != ignore_index
 
         if by_teacher or by_label:
@@ -246,37 +246,38 @@ def rows(
     width = student.shape[1]
     if not len(student):
         return
-    rows_kernel[(programs(len(student), student.device),)](
-        student,
-        student if gradient is None else gradient,
-        teacher,
-        None if mask is None else mask.view(torch.uint8),
-        kd_coefficients,
-        labels,
-        ce_coefficients,
-        losses[0],
-        losses[1],
-        len(student),
-        vocab_size,
-        width,
-        student.stride(0),
-        0 if gradient is None else gradient.stride(0),
-        teacher.stride(0),
-        ignore_index,
-        1 / temperature,
-        loss_scale,
-        beta,
-        label_smoothing,
-        DIVERGENCE=divergence,
-        STUDENT_SOFTCAP=student_softcap,
-        TEACHER_SOFTCAP=teacher_softcap,
-        STUDENT_LOGIT_SCALE=student_logit_scale,
-        TEACHER_LOGIT_SCALE=teacher_logit_scale,
-        TEMPERED=temperature != 1.0,
-        MASKED=mask is not None,
-        LABELED=labels is not None,
-        SMOOTHED=label_smoothing > 0,
-        WITH_GRADIENT=gradient is not None,
-        BLOCK=min(launch.block[0], triton.next_power_of_2(width)),
-        num_warps=launch.num_warps,
-    )
+    with on(student):
+        rows_kernel[(programs(len(student), student.device),)](
+            student,
+            student if gradient is None else gradient,
+            teacher,
+            None if mask is None else mask.contiguous().view(torch.uint8),
+            kd_coefficients.contiguous(),
+            None if labels is None else labels.contiguous(),
+            None if ce_coefficients is None else ce_coefficients.contiguous(),
+            losses[0],
+            losses[1],
+            len(student),
+            vocab_size,
+            width,
+            student.stride(0),
+            0 if gradient is None else gradient.stride(0),
+            teacher.stride(0),
+            ignore_index,
+            1 / temperature,
+            loss_scale,
+            beta,
+            label_smoothing,
+            DIVERGENCE=divergence,
+            STUDENT_SOFTCAP=student_softcap,
+            TEACHER_SOFTCAP=teacher_softcap,
+            STUDENT_LOGIT_SCALE=student_logit_scale,
+            TEACHER_LOGIT_SCALE=teacher_logit_scale,
+            TEMPERED=temperature != 1.0,
+            MASKED=mask is not None,
+            LABELED=labels is not None,
+            SMOOTHED=label_smoothing > 0,
+            WITH_GRADIENT=gradient is not None,
+            BLOCK=min(launch.block[0], triton.next_power_of_2(width)),
+            num_warps=launch.num_warps,
+        )

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fleetune_kernels.launch import settings
+from fleetune_kernels.launch import on, settings
 from fleetune_kernels.pairwise import Pairs
 
 WIDEST_SWEEP = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # three TF32 products take more registers
@@ -238,33 +238,34 @@ def _by_sweep(pairs: Pairs, inputs: _Inputs) -> torch.Tensor:
     name, block_d = sweep_name(dimension, inputs.rows.dtype)
     launch = settings(name, inputs.rows.device)
     kernel_sums = torch.empty_like(inputs.row_norms)
-    sweep_kernel[(sum(triton.cdiv(count, launch.block[0]) for count in counts),)](
-        inputs.rows,
-        inputs.columns,
-        inputs.row_norms,
-        inputs.column_norms,
-        inputs.weights,
-        pairs.same_side,
-        inputs.row_scales,
-        inputs.scale,
-        *inputs.gradients,
-        kernel_sums,
-        *counts,
-        len(inputs.columns),
-        len(pairs.columns[0]),
-        *pairs.offsets,
-        dimension,
-        **_options(pairs),
-        WANT_SOURCE=pairs.wanted[0],
-        WANT_TARGET=pairs.wanted[1],
-        UPCAST=not inputs.rows.is_cuda,
-        PRECISION="ieee" if torch.version.hip else "tf32x3",
-        BLOCK_M=launch.block[0],
-        BLOCK_N=launch.block[1],
-        BLOCK_D=block_d,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
+    with on(inputs.rows):
+        sweep_kernel[(sum(triton.cdiv(count, launch.block[0]) for count in counts),)](
+            inputs.rows,
+            inputs.columns,
+            inputs.row_norms,
+            inputs.column_norms,
+            inputs.weights,
+            pairs.same_side,
+            inputs.row_scales,
+            inputs.scale,
+            *inputs.gradients,
+            kernel_sums,
+            *counts,
+            len(inputs.columns),
+            len(pairs.columns[0]),
+            *pairs.offsets,
+            dimension,
+            **_options(pairs),
+            WANT_SOURCE=pairs.wanted[0],
+            WANT_TARGET=pairs.wanted[1],
+            UPCAST=not inputs.rows.is_cuda,
+            PRECISION="ieee" if torch.version.hip else "tf32x3",
+            BLOCK_M=launch.block[0],
+            BLOCK_N=launch.block[1],
+            BLOCK_D=block_d,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
     return kernel_sums
 
 
@@ -307,27 +308,28 @@ def _slopes(
     splits = min(SPLITS, triton.cdiv(columns, block_n))
     width = triton.cdiv(triton.cdiv(columns, splits), block_n) * block_n
     sums = products.new_zeros(2, rows, splits)
-    slopes_kernel[(triton.cdiv(rows, block_m), splits)](
-        products,
-        slopes,
-        inputs.row_norms[span],
-        inputs.column_norms,
-        inputs.weights,
-        pairs.same_side,
-        inputs.scale,
-        *sums,
-        rows,
-        columns,
-        len(pairs.columns[0]),
-        side,
-        column,
-        width,
-        **_options(pairs),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
+    with on(products):
+        slopes_kernel[(triton.cdiv(rows, block_m), splits)](
+            products,
+            slopes,
+            inputs.row_norms[span],
+            inputs.column_norms,
+            inputs.weights,
+            pairs.same_side,
+            inputs.scale,
+            *sums,
+            rows,
+            columns,
+            len(pairs.columns[0]),
+            side,
+            column,
+            width,
+            **_options(pairs),
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
     return sums[0].sum(1), sums[1].sum(1)
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fleetune_kernels.launch import programs, settings
+from fleetune_kernels.launch import on, programs, settings
 from fleetune_kernels.triton.cross_entropy import uncapped_gradient
 from fleetune_kernels.triton.distillation import LOWEST, joined, loaded, log_sum
 
@@ -91,22 +91,23 @@ def softmaxes(
     count, width = logits.shape
     launch = settings("softmaxes", logits.device)
     figures = of_tempered.new_empty(4, count)
-    softmaxes_kernel[(programs(count, logits.device),)](
-        logits,
-        of_tempered,
-        of_plain,
-        background,
-        figures,
-        count,
-        width,
-        1 / temperature,
-        SOFTCAP=softcap,
-        LOGIT_SCALE=logit_scale,
-        TEMPERED=temperature != 1.0,
-        PLAIN=of_plain is not None,
-        SUMMED=background is not None,
-        WITH_GRADIENT=with_gradient,
-        BLOCK=min(launch.block[0], triton.next_power_of_2(width)),
-        num_warps=launch.num_warps,
-    )
+    with on(logits):
+        softmaxes_kernel[(programs(count, logits.device),)](
+            logits,
+            of_tempered,
+            of_plain,
+            background,
+            figures,
+            count,
+            width,
+            1 / temperature,
+            SOFTCAP=softcap,
+            LOGIT_SCALE=logit_scale,
+            TEMPERED=temperature != 1.0,
+            PLAIN=of_plain is not None,
+            SUMMED=background is not None,
+            WITH_GRADIENT=with_gradient,
+            BLOCK=min(launch.block[0], triton.next_power_of_2(width)),
+            num_warps=launch.num_warps,
+        )
     return figures
