@@ -45,8 +45,8 @@ def _on_cpu() -> list[Case]:
         _distillation(rows, classes, fp32),
         _linear_distillation(rows, classes, width, fp32, teacher_width=384),
         _topk_distillation(rows, classes, width, fp32, k=64),
-        _mmd(4096, width, fp32),
-        _mmd(32768, width, fp32, eager_runs=False),
+        mmd(4096, width, fp32),
+        mmd(32768, width, fp32, eager_runs=False),
     ]
 
 
@@ -59,8 +59,8 @@ def _on_gpu() -> list[Case]:
         _distillation(8192, 128256, bf16),
         _linear_distillation(8192, 128256, 2048, bf16, teacher_width=4096),
         _topk_distillation(8192, 128256, 4096, bf16, k=64),
-        _mmd(4096, 2048, bf16),
-        _mmd(16384, 1024, bf16, eager_runs=False),
+        mmd(4096, 2048, bf16),
+        mmd(16384, 1024, bf16, eager_runs=False),
     ]
 
 
@@ -224,7 +224,7 @@ def _topk_distillation(rows: int, classes: int, width: int, dtype: torch.dtype, 
     )
 
 
-def _mmd(rows: int, width: int, dtype: torch.dtype, eager_runs: bool = True) -> Case:
+def mmd(rows: int, width: int, dtype: torch.dtype, eager_runs: bool = True) -> Case:
     def eager(x: Inputs) -> torch.Tensor:
         """The plain pairwise form: N x N distances, one Gaussian after another."""
         pooled = _wide(torch.cat([x["source"], x["target"]]))

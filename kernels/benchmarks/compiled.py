@@ -41,6 +41,7 @@ class Variant:
     """One kernel with one set of compile-time choices."""
 
     name: str
+    settings: str  # its entry in the table of `launch.py`
     kernel: Any  # a @triton.jit function
     signature: dict[str, str]  # argument -> "*bf16", "i32", "fp32" or "constexpr"
     constants: dict[str, Any]
@@ -67,12 +68,14 @@ def variants(architecture: str) -> Iterator[Variant]:
     yield from _mmd_variants(architecture)
 
 
-def variant(name: str, kernel: Any, arguments: dict[str, str], constants: dict[str, Any], launch: Launch) -> Variant:
+def variant(
+    name: str, settings: str, kernel: Any, arguments: dict[str, str], constants: dict[str, Any], launch: Launch
+) -> Variant:
     """`arguments` are those passed at run time, by type; whatever else the kernel takes is None or a constant."""
     signature = {argument: arguments.get(argument, "constexpr") for argument in kernel.arg_names}
     fixed = {argument: constants.get(argument) for argument, kind in signature.items() if kind == "constexpr"}
     aligned = tuple(argument for argument, kind in arguments.items() if kind.startswith("*"))
-    return Variant(name, kernel, signature, fixed, launch.num_warps, launch.num_stages, aligned)
+    return Variant(name, settings, kernel, signature, fixed, launch.num_warps, launch.num_stages, aligned)
 
 
 def _cross_entropy_variants(architecture: str) -> Iterator[Variant]:
@@ -91,12 +94,15 @@ def _cross_entropy_variants(architecture: str) -> Iterator[Variant]:
                 {"class_weight": "*fp32", "class_weight_sum": "*fp32", "stats": "*fp32"},
             ),
         ):
-            launch = for_architecture("cross_entropy_options" if more else "cross_entropy", architecture)
+            entry = "cross_entropy_options" if more else "cross_entropy"
+            launch = for_architecture(entry, architecture)
             constants = options | {"BLOCK": launch.block[0]}
-            yield variant(f"cross_entropy {dtype} {name}", cross_entropy.rows_kernel, rows | more, constants, launch)
+            kernel = cross_entropy.rows_kernel
+            yield variant(f"cross_entropy {dtype} {name}", entry, kernel, rows | more, constants, launch)
         scale = for_architecture("scale", architecture)
         arguments = {"gradient": f"*{dtype}", "factor": "*fp32", "size": "i64"}
-        yield variant(f"scale {dtype}", cross_entropy.scale_kernel, arguments, {"BLOCK": scale.block[0]}, scale)
+        constants = {"BLOCK": scale.block[0]}
+        yield variant(f"scale {dtype}", "scale", cross_entropy.scale_kernel, arguments, constants, scale)
 
 
 def _distillation_variants(architecture: str) -> Iterator[Variant]:
@@ -122,10 +128,10 @@ def _distillation_variants(architecture: str) -> Iterator[Variant]:
             constants = {"DIVERGENCE": divergence, "BLOCK": launch.block[0]}
             name, kernel = f"distillation {divergence} {dtype}", distillation.rows_kernel
             if dtype == "bf16":
-                yield variant(f"{name} plain", kernel, rows, plain | constants, launch)
+                yield variant(f"{name} plain", "distillation", kernel, rows, plain | constants, launch)
                 labels = every | {"STUDENT_SOFTCAP": 0.0, "TEACHER_SOFTCAP": 0.0}
-                yield variant(f"{name} labels", kernel, rows | more, labels | constants, launch)
-            yield variant(f"{name} every option", kernel, rows | more, every | constants, launch)
+                yield variant(f"{name} labels", "distillation", kernel, rows | more, labels | constants, launch)
+            yield variant(f"{name} every option", "distillation", kernel, rows | more, every | constants, launch)
 
 
 def _softmaxes_variants(architecture: str) -> Iterator[Variant]:
@@ -137,15 +143,16 @@ def _softmaxes_variants(architecture: str) -> Iterator[Variant]:
         for name, tempered, softcap in (("plain", False, 0.0), ("every option", True, 30.0)):
             constants = {"SOFTCAP": softcap, "LOGIT_SCALE": 1.0, "TEMPERED": tempered, "PLAIN": True, "SUMMED": True}
             constants |= {"WITH_GRADIENT": True, "BLOCK": launch.block[0]}
-            yield variant(f"softmaxes {dtype} {name}", softmaxes.softmaxes_kernel, arguments, constants, launch)
+            kernel = softmaxes.softmaxes_kernel
+            yield variant(f"softmaxes {dtype} {name}", "softmaxes", kernel, arguments, constants, launch)
 
 
 def _mmd_variants(architecture: str) -> Iterator[Variant]:
     options = {"FACTOR": 2.0, "NUM_KERNELS": 5, "UNBIASED": True}
     for dtype, kind in (("bf16", "half"), ("fp32", "fp32")):
         yield _mmd_slopes(mmd.slopes_kernel, architecture, dtype, options)
-        for block_d in (64, 128, 256) if kind == "half" else (64, 128):
-            settings = for_architecture(f"mmd_sweep_{kind}_{block_d}", architecture)
+        for block_d in (16, 64, 128, 256) if kind == "half" else (16, 64, 128):
+            settings = for_architecture(f"mmd_sweep_{kind}_{max(64, block_d)}", architecture)
             constants = {
                 **options,
                 "WANT_SOURCE": True,
@@ -162,6 +169,7 @@ def _mmd_variants(architecture: str) -> Iterator[Variant]:
             counts = ("source_rows", "target_rows", "column_count", "column_split", "source_offset", "target_offset")
             yield Variant(
                 name=f"mmd_sweep {dtype} D={block_d}",
+                settings=f"mmd_sweep_{kind}_{max(64, block_d)}",
                 kernel=mmd.sweep_kernel,
                 signature=pointers
                 | dict.fromkeys((*counts, "dimension"), "i32")
@@ -183,6 +191,7 @@ def _mmd_slopes(kernel: Any, architecture: str, dtype: str, options: dict[str, A
     counts = ("row_count", "column_count", "column_split", "side", "diagonal_offset", "width")
     return Variant(
         name=f"mmd_slopes {dtype}",
+        settings="mmd_slopes",
         kernel=kernel,
         signature=pointers | dict.fromkeys(counts, "i32") | dict.fromkeys(constants, "constexpr"),
         constants=constants,

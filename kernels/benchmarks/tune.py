@@ -15,7 +15,8 @@ from itertools import product
 
 import torch
 from cases import Case, Inputs, for_device
-from compiled import compile_variant, variants
+from cases import mmd as mmd_case
+from compiled import TARGETS, compile_variant, variants
 
 from fleetune_kernels import launch
 from fleetune_kernels.launch import Launch
@@ -32,7 +33,16 @@ class Search:
     num_stages: tuple[int, ...] = (2,)
 
 
-SEARCHES = (Search("cross_entropy", "cross_entropy", ((2048,), (4096,), (8192,), (16384,), (32768,))),)
+ROWS = ((1024,), (2048,), (4096,), (8192,), (16384,), (32768,))
+TILES = tuple(product((16, 32, 64, 128), (32, 64, 128)))
+SEARCHES = (
+    Search("cross_entropy", "cross_entropy", ROWS),
+    Search("distillation", "distillation_loss", ROWS),
+    Search("softmaxes", "topk_distillation_loss", ROWS),
+    Search("mmd_slopes", "mmd", tuple(product((4, 8, 16), (128, 256, 512))), (4, 8)),
+)
+# What no case of `run.py` launches: MMD's sweep, by the dtype and the width of the features.
+SWEEPS = tuple((f"mmd_sweep_{kind}_{width}", kind, width) for kind in ("half", "fp32") for width in (64, 128, 256))
 
 
 def microseconds(case: Case, leaves: Inputs, rounds: int) -> float:
@@ -49,18 +59,18 @@ def microseconds(case: Case, leaves: Inputs, rounds: int) -> float:
 
 
 def spills(kernel: str, architecture: str) -> bool:
-    """Of the variants that are launched with this entry of the table."""
-    return any(
-        compile_variant(variant, architecture).spilled
-        for variant in variants(architecture)
-        if variant.name.split()[0] == kernel
-    )
+    """Of the variants that are launched with this entry of the table; of an architecture not listed, as sm_80."""
+    target = architecture if architecture in TARGETS else "sm_80"
+    launch.TABLE[kernel][target] = launch.for_architecture(kernel, architecture)
+    return any(compile_variant(variant, target).spilled for variant in variants(target) if variant.settings == kernel)
 
 
-def search(what: Search, architecture: str, rounds: int) -> None:
-    case = next(case for case in for_device("cuda") if case.op == what.op)
+def sweep_case(kind: str, width: int) -> Case:
+    return mmd_case(8192, width, torch.float32 if kind == "fp32" else torch.bfloat16, eager_runs=False)
+
+
+def search(what: Search, case: Case, architecture: str, rounds: int) -> None:
     leaves = {name: t.requires_grad_(name in case.wanted) for name, t in case.inputs(torch.device("cuda")).items()}
-    before = launch.for_architecture(what.kernel, architecture)
     found: list[tuple[float, Launch]] = []
     for block, num_warps, num_stages in product(what.blocks, what.num_warps, what.num_stages):
         candidate = Launch(block, num_warps, num_stages)
@@ -70,7 +80,9 @@ def search(what: Search, architecture: str, rounds: int) -> None:
         microseconds(case, leaves, 3)  # compiles
         found.append((microseconds(case, leaves, rounds), candidate))
         print(f"  {candidate}: {found[-1][0]:.0f} µs", flush=True)
-    launch.TABLE[what.kernel][architecture] = before
+    if not found:
+        print(f"{what.kernel}: every candidate spills")
+        return
     best, candidate = min(found, key=lambda pair: pair[0])
     print(f'{what.kernel}: "{architecture}": {candidate},  # {case.shape}: {best:.0f} µs')
 
@@ -84,7 +96,12 @@ def main() -> None:
         raise SystemExit("tune.py needs the GPU that it finds settings for")
     for what in SEARCHES:
         if given.only in what.kernel:
-            search(what, launch.architecture(torch.device("cuda")), given.rounds)
+            case = next(case for case in for_device("cuda") if case.op == what.op)
+            search(what, case, launch.architecture(torch.device("cuda")), given.rounds)
+    for kernel, kind, width in SWEEPS:
+        if given.only in kernel and kernel in launch.TABLE:
+            what = Search(kernel, "mmd", TILES, (4, 8))
+            search(what, sweep_case(kind, width), launch.architecture(torch.device("cuda")), given.rounds)
 
 
 if __name__ == "__main__":
