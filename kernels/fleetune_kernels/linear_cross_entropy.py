@@ -20,6 +20,7 @@ import torch
 from fleetune_kernels import reference
 from fleetune_kernels.backends import as_autocast, choose, floating, integers, once, same_device, same_shape, scalar
 from fleetune_kernels.head import Wanted, accumulator, scaled, walk
+from fleetune_kernels.head_terms import counted
 from fleetune_kernels.reference import Stats, only_rows
 from fleetune_kernels.softmax_cross_entropy import (
     Options,
@@ -169,7 +170,7 @@ def _op(
     now = reduce and not low_memory
     wanted = Wanted(want_hidden and now, want_weight and now, want_bias and now)
     check_on_cpu(labels, options)
-    rows = supervised(labels, rows, ignore_index)
+    rows = counted(labels != ignore_index, None, rows, ignore_index)
     dtype = accumulator(hidden.dtype)
     scale = torch.ones_like(labels, dtype=dtype) if token_weights is None else token_weights.to(dtype)
     picked, coefficients = (labels, scale) if rows is None else (labels[rows], scale[rows])
@@ -189,13 +190,6 @@ def _op(
         if with_stats:
             stats = stats.new_zeros(4, len(labels)).index_copy_(1, rows, stats)
     return losses.sum() if reduce else losses, gradients.hidden, gradients.weight, gradients.bias, stats
-
-
-def supervised(labels: torch.Tensor, rows: torch.Tensor | None, ignore_index: int) -> torch.Tensor | None:
-    """The rows that count, where the host knows them or, on a CPU, finds them; None for all of them."""
-    if rows is None and labels.device.type == "cpu" and not bool((labels != ignore_index).all()):
-        return (labels != ignore_index).nonzero().squeeze(1)
-    return None if rows is None else rows.long()
 
 
 @_op.register_fake

@@ -9,15 +9,13 @@ import pytest
 import torch
 from allocation import peak_bytes
 from exactness import assert_no_worse
+from examples import BACKENDS, DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
 from fleetune_kernels import distillation, distillation_loss, divergences
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["torch", "triton"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "tvd"]
 Loss = dict[str, torch.Tensor]
 

@@ -8,14 +8,12 @@ import pytest
 import torch
 from allocation import peak_bytes
 from exactness import assert_no_worse
+from examples import BACKENDS, DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetune_kernels import Distilled, divergences, head, linear_distillation, linear_distillation_loss
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["torch", "triton"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "tvd"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "divergence alone": {"labels": None},

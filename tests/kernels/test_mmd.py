@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from exactness import assert_no_worse
+from examples import BACKENDS, DEVICE, DTYPES
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from mmd_examples import WEIGHTS, cut, features, gradients, judge
 
 from fleetune_kernels import coral, jmmd, lmmd, mmd
 from fleetune_kernels import reference_mmd as reference
-from fleetune_kernels.pairwise import Pairs
-from fleetune_kernels.tiles import sweep
 
-Found = dict[str, torch.Tensor | None]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(32, 32, 16), (37, 21, 19), (12, 17, 264)]  # n, m, D: aligned, ragged, and too wide for one kernel
-WEIGHTS = {"source_weights": torch.linspace(0.1, 2, 64), "target_weights": torch.linspace(3, 0.5, 64)}
-
-
-def features(rows: int, dimension: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    shifted = torch.randn(rows, dimension, generator=generator, dtype=torch.float64) + 0.3 * seed
-    return shifted.to(dtype).requires_grad_()
-
-
-def gradients(loss: torch.Tensor, **inputs: torch.Tensor) -> Found:
-    """Loss and gradients, by name."""
-    wanted = {name: one for name, one in inputs.items() if one.requires_grad}
-    found = torch.autograd.grad(loss, list(wanted.values()))
-    return {"loss": loss, **dict.fromkeys(inputs), **dict(zip(wanted, found, strict=True))}
-
-
-def judge(loss: Callable[..., torch.Tensor], oracle: Callable[..., torch.Tensor], **inputs: torch.Tensor) -> None:
-    """The loss's errors are at most the oracle's in the same dtype, beyond the tolerance."""
-    exact = {name: one.detach().double().requires_grad_(one.requires_grad) for name, one in inputs.items()}
-    found, eager, truth = (
-        gradients(call(*values.values()), **values)
-        for call, values in ((loss, inputs), (oracle, inputs), (oracle, exact))
-    )
-    assert_no_worse(found, eager, truth, next(iter(inputs.values())).dtype)
-
-
-def cut(options: dict[str, Any], n: int, m: int) -> dict[str, Any]:
-    """The options with as many weights as there are rows."""
-    rows = {"source_weights": n, "target_weights": m}
-    return {name: value[: rows[name]] if name in rows else value for name, value in options.items()}
 
 
 # ---------------------------------------------------------------- MMD
@@ -68,14 +30,14 @@ def cut(options: dict[str, Any], n: int, m: int) -> dict[str, Any]:
         {**WEIGHTS},
         {**WEIGHTS, "estimator": "unbiased", "bandwidth": 20.0},
         {"factor": 3.0, "num_kernels": 4, "estimator": "unbiased"},
-        {"factor": 0.5, "num_kernels": 2, "bandwidth": torch.tensor([8.0])},
+        {"factor": 0.5, "num_kernels": 2, "bandwidth": torch.tensor([8.0], device=DEVICE)},
         {"num_kernels": 1, "bandwidth": 30.0},
     ],
     ids=lambda options: "-".join(options) or "defaults",
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_mmd_is_as_exact_as_eager(
     backend: str, dtype: torch.dtype, shape: tuple[int, int, int], options: dict[str, Any]
 ) -> None:
@@ -87,6 +49,33 @@ def test_mmd_is_as_exact_as_eager(
         source=features(n, dimension, dtype),
         target=features(m, dimension, dtype, seed=1),
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("dimension", [64, 128, 256, 1024])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_real_size_is_exact_on_a_gpu(backend: str, dtype: torch.dtype, dimension: int, estimator: str) -> None:
+    judge(
+        lambda source, target: mmd(source, target, estimator=estimator, backend=backend),
+        lambda source, target: reference.mmd(source, target, estimator=estimator),
+        source=features(1000, dimension, dtype),
+        target=features(777, dimension, dtype, seed=1),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dimension", [64, 1024])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_real_gpu_is_never_waited_for(backend: str, dimension: int) -> None:
+    source, target = features(300, dimension, torch.bfloat16), features(200, dimension, torch.bfloat16, seed=1)
+    mmd(source, target, backend=backend).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mmd(source, target, backend=backend, estimator="unbiased").backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("options", [{}, {"estimator": "unbiased", **WEIGHTS}, {"estimator": "linear"}], ids=str)
@@ -127,7 +116,7 @@ def test_any_shape_in_tiles_of_any_size(
         )
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wanted", ["source", "target"])
 def test_no_gradient_for_what_does_not_require_it(backend: str, wanted: str) -> None:
     inputs = {"source": features(9, 4), "target": features(12, 4, seed=1)}
@@ -138,22 +127,24 @@ def test_no_gradient_for_what_does_not_require_it(backend: str, wanted: str) -> 
         assert not mmd(**inputs, backend=backend).requires_grad
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_features_need_not_be_contiguous(backend: str) -> None:
     source, target = features(4, 30).t(), features(9, 8, seed=1)[:, ::2]
     assert not source.is_contiguous()
     judge(lambda source, target: mmd(source, target, backend=backend), reference.mmd, source=source, target=target)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [0.0, 0.1, -1234.5])
 def test_equal_features_are_no_distance_apart(backend: str, value: float) -> None:
-    source, target = (torch.full((rows, 3), value, requires_grad=True) for rows in (11, 6))
+    source, target = (torch.full((rows, 3), value, requires_grad=True, device=DEVICE) for rows in (11, 6))
     found = gradients(mmd(source, target, backend=backend), source=source, target=target)
-    assert all(torch.allclose(one, torch.zeros(()), atol=1e-6) for one in found.values() if one is not None)
+    assert all(
+        torch.allclose(one, torch.zeros((), device=DEVICE), atol=1e-6) for one in found.values() if one is not None
+    )
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1e-6, 3e4])
 def test_extreme_features_stay_finite(backend: str, dtype: torch.dtype, scale: float) -> None:
@@ -192,7 +183,7 @@ def test_the_references_gradients_are_those_of_finite_differences(options: dict[
 
 def test_the_definition_by_hand() -> None:
     """One Gaussian, two rows against one."""
-    source, target = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0]])
+    source, target = torch.tensor([[0.0], [1.0]], device=DEVICE), torch.tensor([[3.0]], device=DEVICE)
     k = [torch.exp(torch.tensor(-(d**2) / (2 * 2.0))) for d in range(4)]
     within, across = (2 * k[0] + 2 * k[1]) / 4, (k[3] + k[2]) / 2
     for backend in ("torch", "triton", "reference"):
@@ -233,8 +224,8 @@ def test_jmmd_with_a_layer_that_wants_no_gradient() -> None:
     judge(lambda s, s2, t, t2: jmmd([s, s2], [t, t2]), lambda s, s2, t, t2: reference.jmmd([s, s2], [t, t2]), **inputs)
 
 
-LABELS = torch.tensor([0, 1, 1, 4, -100, 4, 0, 1, 9])
-PROBS = torch.randn(14, 6, generator=torch.Generator().manual_seed(5)).softmax(1)
+LABELS = torch.tensor([0, 1, 1, 4, -100, 4, 0, 1, 9], device=DEVICE)
+PROBS = torch.randn(14, 6, generator=torch.Generator().manual_seed(5)).softmax(1).to(DEVICE)
 
 
 @pytest.mark.parametrize("options", [{}, {"bandwidth": 7.0, "num_kernels": 2, "factor": 3.0}], ids=str)
@@ -252,13 +243,13 @@ def test_lmmd_is_as_exact_as_eager(dtype: torch.dtype, options: dict[str, Any]) 
 
 def test_lmmd_of_one_class_is_mmd() -> None:
     source, target = features(9, 4), features(14, 4, seed=1)
-    one = lmmd(source, target, torch.zeros(9, dtype=torch.int64), torch.ones(14, 1))
+    one = lmmd(source, target, torch.zeros(9, dtype=torch.int64, device=DEVICE), torch.ones(14, 1, device=DEVICE))
     torch.testing.assert_close(one, mmd(source, target))
 
 
 def test_lmmd_without_a_class_in_common_is_0() -> None:
     source, target = features(9, 4), features(14, 4, seed=1)
-    found = gradients(lmmd(source, target, torch.full((9,), -1), PROBS), source=source, target=target)
+    found = gradients(lmmd(source, target, torch.full((9,), -1, device=DEVICE), PROBS), source=source, target=target)
     assert all(one is not None and one.abs().max() == 0 for one in found.values())
 
 
@@ -267,141 +258,3 @@ def test_lmmd_without_a_class_in_common_is_0() -> None:
 def test_coral_is_as_exact_as_eager(dtype: torch.dtype, dimension: int) -> None:
     source, target = features(30, dimension, dtype), features(21, dimension, dtype, seed=1)
     judge(coral, reference.coral, source=source, target=target)
-
-
-# ---------------------------------------------------------------- memory, compilation, the host
-
-
-class Allocations(TorchDispatchMode):
-    """The most bytes alive at once of what is made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive, self.peak = 0, 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {
-            one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)
-        }
-        for one in tree_leaves(result):
-            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in self.known | given:
-                self.take(one.untyped_storage())
-        return result
-
-    def take(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage.data_ptr(), storage.nbytes()
-        if size:
-            self.known.add(address)
-            self.alive += size
-            self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self.drop, address, size)
-
-    def drop(self, address: int, size: int) -> None:
-        self.known.discard(address)
-        self.alive -= size
-
-
-def pairs_of(source: torch.Tensor, target: torch.Tensor, unbiased: bool = False) -> Pairs:
-    sides = [source.detach(), target.detach()]
-    weights = [
-        torch.full_like(side[:, :1], sign / len(side), dtype=torch.float32)
-        for side, sign in zip(sides, (1, -1), strict=True)
-    ]
-    return Pairs(sides, sides, weights, weights, [0, 0], None, [True, True], 5, 2.0, unbiased, uniform=False)
-
-
-def test_no_matrix_of_all_pairs_lives() -> None:
-    source, target, tile = features(250, 6), features(150, 6, seed=1), 50
-    pairs = pairs_of(source, target)
-    with Allocations() as seen:
-        _, found = sweep(pairs, tile)
-    results = sum(one.nbytes for one in found)
-    assert results == 4 * (source.numel() + target.numel())
-    assert results < seen.peak < results + 4 * (4 * tile**2 + 10 * 400)
-    with Allocations() as seen:
-        reference.mmd(source, target)
-    assert seen.peak > 8 * 4 * 400**2
-
-
-def test_gradients_are_scaled_where_they_lie() -> None:
-    source, target = features(300, 50), features(200, 50, seed=1)
-    loss = mmd(source, target)
-    with Allocations() as seen:
-        found = torch.autograd.grad(loss, (source, target))
-    assert seen.peak < 100
-    assert [one.shape for one in found] == [source.shape, target.shape]
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("dimension", [8, 300])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_host_never_waits_for_the_device(
-    backend: str, dimension: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fake tensors have no values, so that whatever asks for one fails."""
-    from fleetune_kernels.triton import mmd as kernels
-
-    launched: list[str] = []
-    for name in ("sweep_kernel", "slopes_kernel"):
-        monkeypatch.setattr(kernels, name, Launched(name, launched))
-    with FakeTensorMode():
-        source, target = (torch.empty(rows, dimension, dtype=dtype) for rows in (9, 13))
-        _, found = (kernels.sweep if backend == "triton" else sweep)(pairs_of(source, target, unbiased=True))
-        assert [one.shape for one in found] == [source.shape, target.shape]
-    assert set(launched) == ({"sweep_kernel" if dimension == 8 else "slopes_kernel"} if backend == "triton" else set())
-
-
-class Launched:
-    """Stands for a kernel, and writes down that it was launched."""
-
-    def __init__(self, name: str, launched: list[str]) -> None:
-        self.name, self.launched = name, launched
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **options: self.launched.append(self.name)
-
-
-def losses(source: torch.Tensor, target: torch.Tensor) -> Iterator[torch.Tensor]:
-    """One of each kind."""
-    labels, probs = torch.arange(len(source), device=source.device) % 3, torch.ones_like(target[:, :3])
-    weights = {"source_weights": source[:, 0].square(), "target_weights": target[:, 0].square()}
-    for estimator in ("biased", "unbiased", "linear"):
-        yield mmd(source, target, estimator=estimator)
-    yield mmd(source, target, estimator="unbiased", **weights, bandwidth=2.0)
-    yield jmmd([source, source[:, :2]], [target, target[:, 2:]])
-    yield lmmd(source, target, labels, probs)
-    yield coral(source, target)
-
-
-def test_losses_and_their_gradients_are_made_without_a_look_at_values() -> None:
-    with FakeTensorMode():
-        source, target = (torch.empty(rows, 4, requires_grad=True) for rows in (9, 13))
-        for loss in losses(source, target):
-            found = torch.autograd.grad(loss, (source, target))
-            assert (loss.shape, loss.dtype, *(one.shape for one in found)) == (
-                (),
-                torch.float32,
-                source.shape,
-                target.shape,
-            )
-
-
-def test_a_compiled_model_takes_them_whole() -> None:
-    source, target = features(9, 4), features(13, 4, seed=1)
-
-    def total(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return torch.stack(list(losses(2 * source, target))).sum()
-
-    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
-    found, expected = (gradients(call(source, target), source=source, target=target) for call in (compiled, total))
-    for name, one in expected.items():
-        torch.testing.assert_close(found[name], one)
-
-
-def test_autocast_changes_nothing() -> None:
-    source, target = features(9, 4), features(13, 4, seed=1)
-    plain = list(losses(source, target))
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(list(losses(source, target)), plain, rtol=0, atol=0)

@@ -9,15 +9,13 @@ import pytest
 import torch
 from allocation import peak_bytes
 from exactness import assert_no_worse
+from examples import BACKENDS, DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetune_kernels import head, softmaxes, topk_distillation, topk_distillation_loss
 from fleetune_kernels.reference import distillation_loss
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["torch", "triton"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TAILS = ["zero", "uniform", "sampled"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "divergence alone": {"labels": None, "temperature": 2.0},
