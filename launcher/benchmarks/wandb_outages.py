@@ -43,7 +43,7 @@ import wandb_server
 from wandb_server import Server, black_hole, refusing, serving, wandb_environment, without_wandb
 
 from fleetune import runs
-from fleetune.train.tracking import read_metrics
+from fleetune.train.metrics_log import read_metrics
 
 Address = Callable[[], AbstractContextManager[str]]
 OFF = "off"

@@ -18,7 +18,7 @@ from ranks import make_run, train_together
 from tiny import recipe_values, write_model, write_rows
 
 from fleetune import runs
-from fleetune.train.tracking import read_metrics
+from fleetune.train.metrics_log import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from wandb_server import (
 )
 
 from fleetune import runs
-from fleetune.train.tracking import read_metrics
+from fleetune.train.metrics_log import read_metrics
 
 STEPS = 40
 ALL = list(range(1, STEPS + 1))

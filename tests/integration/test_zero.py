@@ -10,7 +10,7 @@ from ranks import make_run, train_together
 from tiny import recipe_values, write_model, write_rows
 
 from fleetune import runs
-from fleetune.train.tracking import read_metrics
+from fleetune.train.metrics_log import read_metrics
 
 WORLD_SIZES = (1, 2, 4)
 STAGES = (0, 1, 2, 3)

@@ -17,7 +17,8 @@ import pytest
 from wandb_server import KEY, Server, black_hole, refusing, serving, sync, wandb_environment
 
 from fleetune.train import tracking
-from fleetune.train.tracking import MetricsLog, read_metrics, start_feeder, status, stop_feeder
+from fleetune.train.metrics_log import MetricsLog, read_metrics
+from fleetune.train.tracking import start_feeder, status, stop_feeder
 
 # --- metrics.jsonl ---
 

@@ -12,6 +12,7 @@ from fleetune import runs
 from fleetune.schema import Recipe
 from fleetune.train import tracking
 from fleetune.train.checkpoint import Saved
+from fleetune.train.metrics_log import MetricsLog
 from fleetune.train.progress import Progress
 from fleetune.train.speed import figures, step_line
 
@@ -24,7 +25,7 @@ def say(line: str) -> None:
 class _Books:
     run: runs.Run
     total_steps: int
-    log: tracking.MetricsLog
+    log: MetricsLog
     feeder: Popen[bytes] | None
     steps: Path  # first and last step of this attempt
     first_step: int
@@ -91,7 +92,7 @@ class Notes:
 def start_notes(run: runs.Run, recipe: Recipe, total_steps: int, progress: Progress, logs: Path) -> Notes:
     """Opens the JSONL and starts the process that feeds wandb from it."""
     wandb, feeder = recipe.tracking.wandb, None
-    log = tracking.MetricsLog(run.metrics, progress.step, progress.evaluated_step)
+    log = MetricsLog(run.metrics, progress.step, progress.evaluated_step)
     if wandb is not None:
         feeder = tracking.start_feeder(
             run.path,
