@@ -258,6 +258,13 @@ def start_attempt(run: Run, nodes: list[str]) -> int:
     return number
 
 
+def unended(run: Run) -> list[dict[str, Any]]:
+    """The starts of attempts that have no end: one that is at work, or that was ended from outside."""
+    entries = read_jsonl(run.attempts)
+    ended = {entry["attempt"] for entry in entries if entry["event"] == "end"}
+    return [entry for entry in entries if entry["event"] == "start" and entry["attempt"] not in ended]
+
+
 def end_attempt(
     run: Run, number: int, exit_code: int, reason: str, nodes: list[str], seconds: float, kind: str | None = None
 ) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,7 @@ def attempts(run: runs.Run, *ends: tuple[str, int]) -> str | None:
     for number, (kind, last_step) in enumerate(ends, start=1):
         runs.append_jsonl(run.attempts, {"attempt": number, "event": "start", "nodes": []})
         end = {"attempt": number, "event": "end", "kind": kind, "last_step": last_step, "reason": f"by {kind}"}
+        end["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         runs.append_jsonl(run.attempts, end)
     return supervisor.given_up(run)
 
@@ -107,3 +110,9 @@ def test_each_kind_has_a_budget_and_none_may_stand_still(run: runs.Run, ends: li
     assert (found is None) == (said is None)
     if said is not None:
         assert re.search(said, str(found))
+
+
+def test_sending_a_run_anew_is_a_new_beginning(run: runs.Run) -> None:
+    assert attempts(run, *[("crash", n) for n in (4, 8, 12)]) is not None
+    runs.write_json(run.path / "job.json", {"sent": time.time() + 60})
+    assert supervisor.given_up(run) is None

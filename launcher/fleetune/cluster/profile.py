@@ -18,13 +18,13 @@ from fleetune.faults import fault_lines, shown
 from fleetune.schema import RecipeError, Section
 from fleetune.strict_yaml import parse_yaml
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
+CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 _UNITS = {"d": 1440.0, "h": 60.0, "m": 1.0, "s": 1 / 60}
 
 
 def _literal(text: str) -> str:
     """A newline would end the #SBATCH line, and what follows it would be script, however it is quoted."""
-    if _CONTROL.search(text):
+    if CONTROL.search(text):
         raise PydanticCustomError("control", "has a line break or another control character; should be one plain line")
     return text
 

@@ -24,7 +24,7 @@ import psutil
 from fleetune import runs
 from fleetune.cluster import slurm, snapshot
 from fleetune.cluster.local import Layout
-from fleetune.cluster.profile import Profile, minutes_of
+from fleetune.cluster.profile import CONTROL, Profile, minutes_of
 from fleetune.cluster.supervisor import supervise
 from fleetune.schema import Recipe, RecipeError, cut_batch
 
@@ -50,9 +50,12 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | N
     layout = Layout(profile.nodes, profile.ranks, profile.cpus_per_rank)
     cut_batch(recipe.training, layout.world_size)
     base = runs.Run(Path(recipe.output_dir) / recipe.name)
-    if not fresh and (found := attached(base)) is not None:
+    if CONTROL.search(str(base.path)):
+        raise RecipeError(f"output_dir = {recipe.output_dir!r}: has a line break or another control character")
+    if not fresh and (found := attached(base) or _finished(recipe, base)) is not None:
         return found
     run = runs.open_run(as_it_began(recipe, base) if not fresh else recipe, layout.stored(), fresh)
+    _forget_cancelling(run)
     code, copy = snapshot.take(run.path / "code")
     token = secrets.token_hex(6)
     job = {
@@ -71,6 +74,27 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | N
         raise RecipeError(f"sbatch refuses: {_said(error)}") from None
     runs.write_json(run.path / "job.json", job | {"id": sent.job_id})
     return Sent(run, sent.job_id, "PENDING", is_new=True)
+
+
+def _finished(recipe: Recipe, run: runs.Run) -> Sent | None:
+    """A run that is done, unless the recipe is longer now."""
+    if not (run.path / "run.json").exists() or not run.recipe_file.exists():
+        return None
+    stored, length = run.recipe().training, ("num_train_epochs", "max_steps")
+    as_long = all(getattr(stored, key) == getattr(recipe.training, key) for key in length)
+    if as_long and runs.is_finished(run, run.info().get("total_steps", -1)):
+        return Sent(run, slurm.job_of(run.path), "FINISHED", is_new=False)
+    return None
+
+
+def _forget_cancelling(run: runs.Run) -> None:
+    """Ends an attempt that was cancelled at once, so that the next one does not take it for something else."""
+    if not (run.path / "cancel.json").exists():
+        return
+    for entry in runs.unended(run):
+        reason = "cancelled at once; what came after the last checkpoint is lost"
+        runs.end_attempt(run, entry["attempt"], runs.FAILED, reason, entry["nodes"], 0.0, kind="cancel")
+    (run.path / "cancel.json").unlink()
 
 
 def script(recipe: Recipe, profile: Profile, after: str | None = None) -> str:

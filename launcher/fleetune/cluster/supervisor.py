@@ -13,6 +13,7 @@ attempt then ends the one before.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import random
 import signal
@@ -128,15 +129,16 @@ def _at(recipe: Recipe, run: runs.Run) -> Recipe:
 @contextlib.contextmanager
 def _patient_lease(run: runs.Run) -> Any:
     deadline = time.monotonic() + LEASE_WAIT
-    while True:
-        try:
-            with runs.lease(run) as lease:
-                yield lease
-                return
-        except RecipeError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1.0)
+    with contextlib.ExitStack() as stack:
+        lease = None
+        while lease is None:
+            try:
+                lease = stack.enter_context(runs.lease(run))
+            except RecipeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
+        yield lease
 
 
 def _meeting_place(hosts: list[str]) -> tuple[str, int]:
@@ -263,8 +265,11 @@ def conclude(run: runs.Run, job: str, restart: int, srun_code: int) -> int:
     end = _end_of(run, notes, srun_code)
     verdict = _record(run, notes, end)
     if verdict is None and end.kind not in ("done", "cancel", "wrong"):
-        slurm.requeue(job)
-        time.sleep(30.0)  # Slurm ends this script
+        try:
+            slurm.requeue(job)
+            time.sleep(30.0)  # Slurm ends this script
+        except slurm.SlurmFailed as error:
+            verdict = f"cannot be requeued ({error}); `fleetune submit` goes on with it"
     if verdict is not None:
         print(f"fleetune: error: {run.path}: {verdict}", file=sys.stderr)
     return 0 if end.kind in ("done", "cancel") else 1
@@ -312,8 +317,16 @@ def _record(run: runs.Run, notes: Path, end: End) -> str | None:
 
 
 def given_up(run: runs.Run) -> str | None:
-    """Why no further attempt is made, by the budgets of the recipe; None where one may be."""
-    ends = [entry for entry in runs.read_jsonl(run.attempts) if entry["event"] == "end"]
+    """Why no further attempt is made, by the budgets of the recipe; None where one may be. Sending it anew is a new
+    beginning: what was before is not counted."""
+    sent = 0.0
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        sent = float(runs.read_json(run.path / "job.json")["sent"]) - 1.0  # attempts are dated by the second
+    ends = [
+        entry
+        for entry in runs.read_jsonl(run.attempts)
+        if entry["event"] == "end" and datetime.datetime.fromisoformat(entry["time"]).timestamp() >= sent
+    ]
     retries = run.recipe().retries
     last = ends[-1] if ends else {}
     kind = last.get("kind", "crash")
@@ -334,12 +347,9 @@ def given_up(run: runs.Run) -> str | None:
 
 def _close_last(run: runs.Run, task: Task) -> None:
     """Ends an attempt that Slurm ended before it could be: a dead node, or `scontrol requeue`."""
-    entries = runs.read_jsonl(run.attempts)
-    ended = {entry["attempt"] for entry in entries if entry["event"] == "end"}
-    for entry in entries:
-        if entry["event"] == "start" and entry["attempt"] not in ended:
-            kind, reason = _why_requeued(run, task, entry["attempt"])
-            runs.end_attempt(run, entry["attempt"], runs.FAILED, reason, entry["nodes"], 0.0, kind=kind)
+    for entry in runs.unended(run):
+        kind, reason = _why_requeued(run, task, entry["attempt"])
+        runs.end_attempt(run, entry["attempt"], runs.FAILED, reason, entry["nodes"], 0.0, kind=kind)
     if task.restart and (verdict := given_up(run)) is not None:
         raise RecipeError(verdict)
 
