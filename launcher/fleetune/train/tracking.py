@@ -1,7 +1,8 @@
 """What a run logs: RUN/metrics.jsonl, always and completely, and Weights & Biases beside it.
 
 Rank 0 appends to metrics.jsonl (`metrics_log.py`) and knows nothing of wandb. A process of its own, the feeder,
-follows that file and logs each step to wandb once. Training never imports wandb, never waits for it, and may kill the feeder at any moment:
+follows that file and logs each step to wandb once. Training never imports wandb, never waits for it, and may kill the
+feeder at any moment:
 
     log = MetricsLog(run / "metrics.jsonl", resume_step)      # first: the feeder follows the file this opens
     feeder = start_feeder(run, project="fleetune", run_id="...", mode="auto", ...)
