@@ -18,7 +18,10 @@ from fleetune.runs import open_run
 from fleetune.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("run", "check", "eval", "compare", "verify", "sync", "schema")
+COMMANDS = (
+    *("run", "submit", "status", "cancel", "logs"),
+    *("check", "eval", "compare", "verify", "sync", "schema"),
+)
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "wandb", "submitit", "numpy", "yaml", "psutil"}
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "launcher"), str(ROOT / "kernels")])}
 
@@ -100,7 +103,7 @@ def test_the_bash_script_completes_in_bash(tmp_path: Path) -> None:
         echo "${COMPREPLY[@]}"
     """
     environment = ENVIRONMENT | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    for word, offered in (("r", "run"), ("c", "check compare"), ("x", "")):
+    for word, offered in (("r", "run"), ("c", "cancel check compare"), ("x", "")):
         done = subprocess.run(
             ["bash", "-c", script, "bash", word], env=environment, capture_output=True, text=True, check=False
         )

@@ -60,9 +60,11 @@ def same_device(tensor: torch.Tensor, of: str, **others: torch.Tensor | None) ->
 
 
 def scalar(name: str, tensor: object, like: torch.Tensor) -> torch.Tensor:
-    """A tensor of one element, detached, as a 0-dim one where `like` lies; one on a CPU waits for the device."""
+    """A number, or a tensor of one element, detached: as a 0-dim one where `like` lies. One from a CPU waits for it."""
+    if isinstance(tensor, int | float) and not isinstance(tensor, bool):
+        return torch.full((), float(tensor), dtype=torch.float64, device=like.device)
     if not isinstance(tensor, torch.Tensor) or tensor.numel() != 1:
-        raise ValueError(f"{name}: {tensor!r}; should be a tensor with one element")
+        raise ValueError(f"{name}: {tensor!r}; should be a number, or a tensor with one element")
     return tensor.detach().reshape(()).to(like.device)
 
 

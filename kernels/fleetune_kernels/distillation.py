@@ -37,7 +37,7 @@ def distillation_loss(
     token_weights: torch.Tensor | None = None,  # (...), by row
     vocab_size: int | None = None,  # only the first columns of both count; the rest is padding
     reduction: str = "mean",
-    num_items: torch.Tensor | None = None,  # scalar, on the device
+    num_items: torch.Tensor | float | None = None,  # scalar, on the device
     backend: str = "auto",
 ) -> torch.Tensor:
     """The loss in fp32 (fp64 for fp64): a scalar, or one by row for reduction none.

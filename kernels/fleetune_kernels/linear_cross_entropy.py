@@ -47,7 +47,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     vocab_size: int | None = None,  # only the first rows of the head count; the rest is padding
     reduction: str = "mean",
-    num_items: torch.Tensor | None = None,  # scalar, on the device
+    num_items: torch.Tensor | float | None = None,  # scalar, on the device
     return_stats: bool = False,
     rows: torch.Tensor | None = None,  # (R,), distinct: the supervised ones of the flattened rows
     low_memory: bool = False,

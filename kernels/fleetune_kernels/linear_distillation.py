@@ -18,7 +18,7 @@ from dataclasses import asdict
 import torch
 
 from fleetune_kernels import reference
-from fleetune_kernels.backends import as_autocast, choose, integers
+from fleetune_kernels.backends import as_autocast, choose, integers, scalar
 from fleetune_kernels.distillation import check_rows, checked_columns
 from fleetune_kernels.divergences import Options, checked_options
 from fleetune_kernels.divergences import rows as divergences
@@ -40,8 +40,8 @@ def linear_distillation_loss(
     labels: torch.Tensor | None = None,  # (...), integer classes or ignore_index
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
-    kd_num_items: torch.Tensor | None = None,  # scalars, on the device
-    ce_num_items: torch.Tensor | None = None,
+    kd_num_items: torch.Tensor | float | None = None,  # scalars, on the device
+    ce_num_items: torch.Tensor | float | None = None,
     temperature: float = 1.0,
     divergence: str = "forward_kl",  # forward_kl | reverse_kl | jsd | tvd
     beta: float = 0.5,
@@ -86,6 +86,8 @@ def linear_distillation_loss(
         )
     )
     labels = None if labels is None else integers("labels", labels)
+    kd_num_items = None if kd_num_items is None else scalar("kd_num_items", kd_num_items, student_hidden)
+    ce_num_items = None if ce_num_items is None else scalar("ce_num_items", ce_num_items, student_hidden)
     check_rows(student_hidden, "student_hidden", mask, token_weights, labels)
     check_classes(labels, columns, ignore_index)
     which = choose(backend, student_hidden)

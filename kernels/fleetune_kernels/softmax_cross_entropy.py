@@ -67,7 +67,7 @@ def cross_entropy(
     logit_scale: float = 1.0,
     vocab_size: int | None = None,  # only the first columns count; the rest is padding
     reduction: str = "mean",
-    num_items: torch.Tensor | None = None,  # scalar, on the device
+    num_items: torch.Tensor | float | None = None,  # scalar, on the device
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Any:

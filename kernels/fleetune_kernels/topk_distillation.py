@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from fleetune_kernels import reference
-from fleetune_kernels.backends import as_autocast, choose, floating, integers, one_of, same_device
+from fleetune_kernels.backends import as_autocast, choose, floating, integers, one_of, same_device, scalar
 from fleetune_kernels.distillation import check_rows, checked_columns
 from fleetune_kernels.divergences import Options as DivergenceOptions
 from fleetune_kernels.divergences import checked_options
@@ -59,8 +59,8 @@ def topk_distillation_loss(
     labels: torch.Tensor | None = None,  # (...), integer classes or ignore_index
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
-    kd_num_items: torch.Tensor | None = None,  # scalars, on the device
-    ce_num_items: torch.Tensor | None = None,
+    kd_num_items: torch.Tensor | float | None = None,  # scalars, on the device
+    ce_num_items: torch.Tensor | float | None = None,
     mask: torch.Tensor | None = None,  # (...) bool; where labels are given, by default the rows that have one
     token_weights: torch.Tensor | None = None,  # (...), by row
     ignore_index: int = -100,
@@ -88,6 +88,8 @@ def topk_distillation_loss(
     cap = checked_softcap("softcap", softcap)
     checked_options(DivergenceOptions(columns, temperature, label_smoothing=label_smoothing))
     labels = None if labels is None else integers("labels", labels)
+    kd_num_items = None if kd_num_items is None else scalar("kd_num_items", kd_num_items, hidden_states)
+    ce_num_items = None if ce_num_items is None else scalar("ce_num_items", ce_num_items, hidden_states)
     check_rows(hidden_states, "hidden_states", mask, token_weights, labels)
     check_classes(labels, columns, ignore_index)
     filled = _checked_teacher(hidden_states, teacher_ids, teacher_log_probs, teacher_weights, tail, columns)

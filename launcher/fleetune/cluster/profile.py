@@ -81,11 +81,17 @@ def _value(value: Any) -> Any:
     return _literal(value) if isinstance(value, str) else value
 
 
+def _memory(text: str) -> str:
+    if not re.fullmatch(r"\d+[KMGT]", text):
+        raise PydanticCustomError("memory", "should be a number with its unit, as 64G; 0G is all that a node has")
+    return text
+
+
 def _option(name: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise PydanticCustomError("option", "should be the name of an sbatch option without its dashes, as mail-type")
     if name in OURS:
-        raise PydanticCustomError("option", "is set by Fleetune: use {instead}", {"instead": OURS[name]})
+        raise PydanticCustomError("option", "is set by Fleetune; in its place: {instead}", {"instead": OURS[name]})
     return name
 
 
@@ -161,7 +167,7 @@ class Profile(Section):
     ranks_per_node: Count | None = None
     """The GPUs of a node when absent; on nodes without any, 1."""
     cpus_per_rank: Count = 1
-    memory: Annotated[str, Field(pattern=r"^\d+(K|M|G|T)$")] | None = None
+    memory: Annotated[str, AfterValidator(_memory)] | None = None
     """Of each node, as 64G; 0G is all that a node has."""
     time: Annotated[str, BeforeValidator(_time)]
     """4h, 90m, 2-00:00:00: what one attempt may take. The run goes on in the next one."""

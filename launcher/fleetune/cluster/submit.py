@@ -71,7 +71,7 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | N
         sent = executor.submit(supervise, str(run.path))
     except Exception as error:  # submitit's own kinds: sbatch's words stand in the message
         (run.path / "job.json").unlink()
-        raise RecipeError(f"sbatch refuses: {_said(error)}") from None
+        raise RecipeError(f"the run was not sent; {_said(error)}") from None
     runs.write_json(run.path / "job.json", job | {"id": sent.job_id})
     return Sent(run, sent.job_id, "PENDING", is_new=True)
 
@@ -106,11 +106,13 @@ def script(recipe: Recipe, profile: Profile, after: str | None = None) -> str:
 
 
 def test_only(text: str) -> str:
-    """What `sbatch --test-only` says of a script: when and where it would start, or why it would not."""
+    """When and where `sbatch --test-only` would start a script. Raises SlurmFailed with why it would not."""
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(text)
         file.flush()
         done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise slurm.SlurmFailed(done.stderr.strip() or f"sbatch: {done.returncode}")
     return " ".join((done.stderr + done.stdout).split())
 
 

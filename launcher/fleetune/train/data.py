@@ -114,6 +114,8 @@ def _label_names(recipe: Recipe, train: Rows) -> list[str]:
             f"{column}: {others[0]!r} stands among the labels, which are then neither all classes' numbers (whole, "
             "from 0) nor all names. For numbers as such use `task: regression`"
         )
+    if len(names) < 2:
+        raise DataError(f"{column}: all rows of train have the label {names[0]!r}; there is nothing to tell apart")
     wanted = recipe.model.num_labels
     if wanted is not None and len(names) != wanted:
         raise DataError(
