@@ -33,11 +33,11 @@ class Case:
     eager_runs: bool = True
 
 
-def for_device(device: str) -> list[Case]:
-    return _on_cpu() if device == "cpu" else _on_gpu()
+def for_device(device: str, slow_peers: bool = False) -> list[Case]:
+    return _on_cpu(slow_peers) if device == "cpu" else _on_gpu()
 
 
-def _on_cpu() -> list[Case]:
+def _on_cpu(slow_peers: bool) -> list[Case]:
     rows, classes, width, fp32 = 4096, 30522, 384, torch.float32
     return [
         _cross_entropy(rows, classes, fp32),
@@ -45,7 +45,7 @@ def _on_cpu() -> list[Case]:
         _distillation(rows, classes, fp32),
         _linear_distillation(rows, classes, width, fp32, teacher_width=384),
         _topk_distillation(rows, classes, width, fp32, k=64),
-        mmd(4096, width, fp32),
+        mmd(4096, width, fp32, slow_peers=slow_peers),
         mmd(32768, width, fp32, eager_runs=False),
     ]
 
@@ -224,7 +224,7 @@ def _topk_distillation(rows: int, classes: int, width: int, dtype: torch.dtype, 
     )
 
 
-def mmd(rows: int, width: int, dtype: torch.dtype, eager_runs: bool = True) -> Case:
+def mmd(rows: int, width: int, dtype: torch.dtype, eager_runs: bool = True, slow_peers: bool = False) -> Case:
     def eager(x: Inputs) -> torch.Tensor:
         """The plain pairwise form: N x N distances, one Gaussian after another."""
         pooled = _wide(torch.cat([x["source"], x["target"]]))
@@ -239,8 +239,8 @@ def mmd(rows: int, width: int, dtype: torch.dtype, eager_runs: bool = True) -> C
     sides: dict[str, Side] = {"fleetune": lambda x: ours.mmd(x["source"], x["target"])}
     if eager_runs:
         sides |= {"eager": eager, "torch.compile": torch.compile(eager)}
-    if eager_runs and _there("pykeops"):
-        sides["keops"] = _keops_mmd
+    if eager_runs and _there("pykeops") and (slow_peers or torch.cuda.is_available()):
+        sides["keops"] = _keops_mmd  # on 2 cores over a minute for the forward pass alone
     return Case(
         f"mmd-{rows}+{rows}x{width}",
         "mmd",

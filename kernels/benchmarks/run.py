@@ -120,12 +120,13 @@ def main() -> None:
     arguments.add_argument("--only", default="", help="cases whose name holds this")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--again", action="store_true", help="what is recorded too")
+    arguments.add_argument("--slow-peers", action="store_true", help="KeOps on a CPU too, which takes minutes a call")
     arguments.add_argument("--table", action="store_true", help="of what is recorded")
     given = arguments.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: PyTorch sees no GPU here")
     folder = RESULTS / given.device
-    for case in [] if given.table else for_device(given.device):
+    for case in [] if given.table else for_device(given.device, given.slow_peers):
         if given.only in case.name and (given.again or record.read(case.name, folder) is None):
             print(f"{case.name} ...", flush=True)
             figures = measure(case, torch.device(given.device), given.rounds)
