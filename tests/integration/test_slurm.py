@@ -17,7 +17,9 @@ from tiny import recipe_values, write_model, write_rows
 
 from fleetune import runs, verify
 
-STEPS = 24
+STEPS = 48  # some 10 seconds of training: time enough for a fault to fall into it
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a job waits for its nodes, and two minutes when requeued
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,6 @@ def same_in_the_end(run: runs.Run, expected: runs.Run) -> None:
     assert verify.same(expected.path, run.path) == {"losses": "equal", "data order": "equal", "parameters": "equal"}
 
 
-@pytest.mark.slow
 def test_a_run_on_the_cluster_is_the_run_on_this_machine(
     devcluster: DevCluster, on_this_machine: runs.Run, folder: Path, send: Any
 ) -> None:
@@ -103,11 +104,10 @@ def test_a_run_on_the_cluster_is_the_run_on_this_machine(
     assert [entry["event"] for entry in runs.read_jsonl(run.attempts)] == ["start", "end"]
     assert run.eval.exists()
     same_in_the_end(run, on_this_machine)
-    assert "24/24" in fleetune(devcluster, "status", str(run.path))
+    assert f"{STEPS}/{STEPS}" in fleetune(devcluster, "status", str(run.path))
     assert "done" in fleetune(devcluster, "logs", str(run.path))
 
 
-@pytest.mark.slow
 def test_a_preempted_run_loses_no_step_and_goes_on(
     devcluster: DevCluster, on_this_machine: runs.Run, send: Any
 ) -> None:
@@ -122,7 +122,6 @@ def test_a_preempted_run_loses_no_step_and_goes_on(
     same_in_the_end(run, on_this_machine)
 
 
-@pytest.mark.slow
 def test_a_killed_rank_ends_all_and_the_job_comes_back(
     devcluster: DevCluster, on_this_machine: runs.Run, send: Any
 ) -> None:
@@ -137,7 +136,6 @@ def test_a_killed_rank_ends_all_and_the_job_comes_back(
     same_in_the_end(run, on_this_machine)
 
 
-@pytest.mark.slow
 def test_a_cancelled_run_is_saved_and_goes_on_when_it_is_sent_again(
     devcluster: DevCluster, on_this_machine: runs.Run, folder: Path, send: Any
 ) -> None:
