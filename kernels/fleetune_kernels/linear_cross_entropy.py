@@ -24,7 +24,7 @@ from fleetune_kernels.head_terms import counted
 from fleetune_kernels.reference import Stats, only_rows
 from fleetune_kernels.softmax_cross_entropy import (
     Options,
-    check_on_cpu,
+    check_classes,
     check_rows,
     checked_options,
     mean_divisor,
@@ -72,7 +72,7 @@ def linear_cross_entropy(
     check_rows(hidden_states, "hidden_states", labels, weight, token_weights, options.vocab_size, reduction)
     which = choose(backend, hidden_states)
     if which == "reference":
-        check_on_cpu(labels, options)
+        check_classes(labels, options.vocab_size, options.ignore_index)
         return reference.linear_cross_entropy(
             hidden_states,
             lm_head_weight,
@@ -169,7 +169,7 @@ def _op(
     options = Options(vocab_size, ignore_index, label_smoothing, z_loss, softcap, logit_scale, with_stats)
     now = reduce and not low_memory
     wanted = Wanted(want_hidden and now, want_weight and now, want_bias and now)
-    check_on_cpu(labels, options)
+    check_classes(labels, options.vocab_size, options.ignore_index)
     rows = counted(labels != ignore_index, None, rows, ignore_index)
     dtype = accumulator(hidden.dtype)
     scale = torch.ones_like(labels, dtype=dtype) if token_weights is None else token_weights.to(dtype)

@@ -91,7 +91,7 @@ def cross_entropy(
     check_rows(logits, "logits", labels, weight, token_weights, options.vocab_size, reduction)
     which = choose(backend, logits)
     if which == "reference" or (backend == "auto" and logits.numel() <= SMALL and not logits.is_cuda):
-        check_on_cpu(labels, options)
+        check_classes(labels, options.vocab_size, options.ignore_index)
         return reference.cross_entropy(
             logits,
             labels,
@@ -176,9 +176,10 @@ def check_rows(
     same_device(scores, name, labels=labels, weight=weight, token_weights=token_weights)
 
 
-def check_on_cpu(labels: torch.Tensor, options: Options) -> None:
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_labels(labels, options.vocab_size, options.ignore_index)
+def check_classes(labels: torch.Tensor | None, vocab_size: int, ignore_index: int) -> None:
+    """Where looking does not wait for a device."""
+    if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_labels(labels, vocab_size, ignore_index)
 
 
 def mean_divisor(
@@ -219,7 +220,7 @@ def _op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss, the gradient (N, V) of the reduced loss (nothing where it is not reduced), the stats (4, N)."""
     options = Options(vocab_size, ignore_index, label_smoothing, z_loss, softcap, logit_scale, with_stats)
-    check_on_cpu(labels, options)
+    check_classes(labels, options.vocab_size, options.ignore_index)
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     scale = divisor.new_ones(labels.shape) if token_weights is None else token_weights.to(divisor.dtype)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if with_gradient and reduce else None

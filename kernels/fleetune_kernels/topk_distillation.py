@@ -25,8 +25,9 @@ from fleetune_kernels.divergences import checked_options
 from fleetune_kernels.head import Wanted, walk
 from fleetune_kernels.head_terms import counted, only_supervised, picked, register, terms
 from fleetune_kernels.linear_cross_entropy import check_head
-from fleetune_kernels.linear_distillation import check_classes, checked_softcap
+from fleetune_kernels.linear_distillation import checked_softcap
 from fleetune_kernels.reference import Distilled
+from fleetune_kernels.softmax_cross_entropy import check_classes
 from fleetune_kernels.softmaxes import softmaxes
 
 TAILS = ("zero", "uniform", "sampled")

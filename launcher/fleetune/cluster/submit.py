@@ -190,7 +190,7 @@ def _folder(run: runs.Run, token: str) -> str:
 def _executor(run: runs.Run, profile: Profile, token: str, code: Path, after: str | None) -> Any:
     import submitit
 
-    executor = submitit.SlurmExecutor(_folder(run, token), python=_python(profile, run, code))
+    executor = submitit.SlurmExecutor(_folder(run, token), python=_python(profile, run))
     executor.update_parameters(**_parameters(run, profile, token, code, after))
     return executor
 
@@ -242,7 +242,7 @@ def _setup(run: runs.Run, profile: Profile, code: Path) -> list[str]:
     ]
 
 
-def _python(profile: Profile, run: runs.Run, code: Path) -> str:
+def _python(profile: Profile, run: runs.Run) -> str:
     if profile.container is not None and profile.container.kind == "apptainer":
         image, mounts = profile.container.image, [str(run.path), *profile.container.mounts]
         words = ["apptainer", "exec", *(("--nv",) if profile.gpus_per_node else ()), "--bind", ",".join(mounts), image]
