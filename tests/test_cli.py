@@ -19,7 +19,7 @@ from fleetune.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
-    *("run", "submit", "status", "cancel", "logs"),
+    *("run", "submit", "status", "watch", "why", "cancel", "logs"),
     *("check", "eval", "compare", "verify", "sync", "schema"),
 )
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "wandb", "submitit", "numpy", "yaml", "psutil"}

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from fleetune import runs
+from fleetune.attempts import end_attempt, start_attempt
 from fleetune.recipe import dump_recipe, parse_recipe
 from fleetune.runs import Run, lease, open_run
 from fleetune.schema import Recipe, RecipeError
@@ -249,44 +250,6 @@ def test_a_run_is_done_again_from_its_folder_alone(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- attempts
 
 
-def test_attempts_are_counted_from_1_and_have_their_logs(tmp_path: Path) -> None:
-    run = open_run(recipe(tmp_path), LAYOUT)
-    for number in (1, 2, 3):
-        assert runs.start_attempt(run, ["here"]) == number
-        assert run.logs(number).is_dir()
-        if number == 2:  # of the others no rank came to a step
-            (run.logs(number) / "steps.json").write_text('{"first": 4, "last": 9}')
-        runs.end_attempt(run, number, runs.FAILED, "rank 0: broke", ["here"], seconds=1.23456)
-    entries = runs.read_jsonl(run.attempts)
-    assert [(entry["attempt"], entry["event"]) for entry in entries] == [
-        (number, event) for number in (1, 2, 3) for event in ("start", "end")
-    ]
-    assert [entries[at]["first_step"] for at in (1, 3, 5)] == [None, 4, None]
-    assert entries[3]["last_step"] == 9
-    assert {"exit_code": 1, "reason": "rank 0: broke", "nodes": ["here"], "seconds": 1.235}.items() <= entries[
-        1
-    ].items()
-
-
-@pytest.mark.parametrize(
-    "torn", ['{"attempt": 2, "event": "st', '{"attempt": 2, "reason": "ü'.encode()[:-1].decode("latin-1"), "{"]
-)
-def test_a_line_torn_by_a_kill_costs_neither_the_next_line_nor_its_number(tmp_path: Path, torn: str) -> None:
-    run = open_run(recipe(tmp_path), LAYOUT)
-    runs.start_attempt(run, ["here"])
-    run.logs(2).mkdir()  # made before the line was written
-    with run.attempts.open("ab") as file:
-        file.write(torn.encode("latin-1"))
-    assert [entry["attempt"] for entry in runs.read_jsonl(run.attempts)] == [1]
-    assert runs.start_attempt(run, ["here"]) == 3
-    runs.end_attempt(run, 3, runs.DONE, "done", ["here"], 1.0)
-    assert [(entry["attempt"], entry["event"]) for entry in runs.read_jsonl(run.attempts)] == [
-        (1, "start"),
-        (3, "start"),
-        (3, "end"),
-    ]
-
-
 def test_a_whole_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": 1}')
     runs.append_jsonl(tmp_path / "a.jsonl", {"a": 2})
@@ -307,12 +270,12 @@ def test_a_run_is_finished_when_its_last_attempt_ended_well_at_the_steps_asked_f
     assert not runs.is_finished(run, 10)
     runs.write_json(run.eval, {"total_steps": 10})
     assert not runs.is_finished(run, 10)
-    runs.end_attempt(run, 1, runs.DONE, "done", [], 1.0)
+    end_attempt(run, 1, runs.DONE, "done")
     assert runs.is_finished(run, 10)
     assert not runs.is_finished(run, 20)
-    runs.start_attempt(run, [])
+    start_attempt(run, [])
     assert not runs.is_finished(run, 10)
-    runs.end_attempt(run, 2, runs.FAILED, "broke", [], 1.0)
+    end_attempt(run, 2, runs.FAILED, "broke")
     assert not runs.is_finished(run, 10)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -63,6 +64,8 @@ def run(
     baseline: Annotated[bool, typer.Option("--baseline", help="Also train the same model from scratch.")] = False,
 ) -> None:
     """Train a recipe on this machine; the same command again goes on where it stopped."""
+    import time
+
     from fleetune import runs
     from fleetune.cluster import local
 
@@ -73,13 +76,13 @@ def run(
             f"{recipe}: name = {loaded.name!r}: too long for --baseline, which appends -from-scratch: "
             "at most 80 characters"
         )
-    layout = _plan(nodes, nproc_per_node)
+    layout, began = _plan(nodes, nproc_per_node), time.time()
     typer.echo("preparing the data")
     with local.stopping() as stop:
         try:
             loaded, report = _prepare(recipe, loaded, layout, stop)
             _show_cleaning(report)
-            outcome = _attempt(loaded, layout, report, fresh, stop)
+            outcome = _attempt(loaded, layout, report, stop, fresh=fresh, began=began)
             folders = [outcome.run.path]
             if baseline:
                 scratch = outcome.run.recipe().model_copy(
@@ -90,7 +93,7 @@ def run(
                 )
                 typer.echo(f"\nbaseline  {scratch.name}: the same model from scratch")
                 runs.write_json(outcome.run.path / "run.json", {**outcome.run.info(), "baseline": scratch.name})
-                folders.append(_attempt(scratch, layout, report, False, stop).run.path)
+                folders.append(_attempt(scratch, layout, report, stop).run.path)
         except local.StoppedEarly:
             typer.echo("stopped before training began; the same command goes on")
             raise typer.Exit(runs.SAVED) from None
@@ -138,7 +141,15 @@ def _show_cleaning(report: dict[str, Any]) -> None:
         typer.echo(f"warning   {report['warning']}")
 
 
-def _attempt(recipe: Recipe, layout: Layout, report: dict[str, Any], fresh: bool, stop: Stop) -> Outcome:
+def _attempt(
+    recipe: Recipe,
+    layout: Layout,
+    report: dict[str, Any],
+    stop: Stop,
+    *,
+    fresh: bool = False,
+    began: float | None = None,
+) -> Outcome:
     """One attempt with its progress shown; leaves the program where it fails."""
     from fleetune import runs
     from fleetune.cluster import local, progress
@@ -146,7 +157,7 @@ def _attempt(recipe: Recipe, layout: Layout, report: dict[str, Any], fresh: bool
 
     try:
         with progress.shown() as watch:
-            outcome = local.run_recipe(recipe, layout, report, fresh=fresh, watch=watch, stop=stop)
+            outcome = local.run_recipe(recipe, layout, report, fresh=fresh, watch=watch, stop=stop, began=began)
     except RecipeError as error:
         _fail(str(error))
     if outcome.exit_code == runs.SAVED:
@@ -200,21 +211,77 @@ def submit(
     typer.echo(f"see it    fleetune status {sent.run.path}")
 
 
-RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN...", show_default=False)]
+AnyRuns = Annotated[
+    list[Path] | None, typer.Argument(metavar="[RUN]...", help="Those in runs/ when absent.", show_default=False)
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
 
 
 @app.command()
-def status(folders: RunFolders) -> None:
-    """What runs are doing: state, attempts, nodes, step, last loss, and what is left."""
+def status(folders: AnyRuns = None) -> None:
+    """What runs are doing: state, attempts, nodes, step, what is left, last loss, goodput."""
     from fleetune import report
     from fleetune.cluster import slurm
     from fleetune.schema import RecipeError
 
+    folders = folders or _runs_here()
     try:
-        _print_table(report.statuses(folders, slurm.states(folders)))
-    except RecipeError as error:
+        _print_table(report.statuses(folders, slurm.jobs_of(folders)))
+    except (RecipeError, slurm.SlurmFailed) as error:
         _fail(str(error))
+
+
+@app.command()
+def watch(folders: AnyRuns = None) -> None:
+    """Runs live in the terminal, with the loss as a chart, until all have ended or Ctrl-C."""
+    import contextlib
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from fleetune import report
+    from fleetune.cluster import slurm
+    from fleetune.schema import RecipeError
+
+    folders, console = folders or _runs_here(), Console()
+    try:
+        jobs = slurm.jobs_of(folders)
+        if not console.is_terminal:
+            Console(width=200).print(report.live(folders, jobs, 100))
+            return
+        with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as shown:
+            for looks in itertools.count():
+                if looks % 5 == 4:  # every 10 s: the controller is everybody's
+                    jobs = slurm.jobs_of(folders)
+                shown.update(report.live(folders, jobs, console.width), refresh=True)
+                if not any(report.goes_on(folder, jobs.get(folder)) for folder in folders):
+                    return
+                time.sleep(2.0)
+    except (RecipeError, slurm.SlurmFailed) as error:
+        _fail(str(error))
+
+
+@app.command()
+def why(run: RunFolder) -> None:
+    """What happened to a run, what to do, and where its time went."""
+    import textwrap
+
+    from fleetune import runs
+    from fleetune.cluster import slurm
+    from fleetune.cluster.why import why as paragraphs
+    from fleetune.schema import RecipeError
+
+    try:
+        for paragraph in paragraphs(runs.Run(run)):
+            typer.echo(textwrap.fill(paragraph, 100, break_long_words=False, break_on_hyphens=False))
+    except (RecipeError, slurm.SlurmFailed) as error:
+        _fail(str(error))
+
+
+def _runs_here() -> list[Path]:
+    found = sorted(path.parent for path in Path("runs").glob("*/run.json"))
+    return found or _fail("no run folder is given, and there is none in runs/")
 
 
 @app.command()
@@ -244,10 +311,11 @@ def logs(
     import time
 
     from fleetune import runs
+    from fleetune.attempts import log_of
     from fleetune.schema import RecipeError
 
     try:
-        path = runs.log_of(runs.Run(run), rank, attempt)
+        path = log_of(runs.Run(run), rank, attempt)
     except RecipeError as error:
         _fail(str(error))
     with path.open(encoding="utf-8", errors="replace") as file:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fleetune import runs
+from fleetune.ledger import ledger_of
 from fleetune.schema import RecipeError
 
 if TYPE_CHECKING:
+    from fleetune.cluster.slurm import Job
     from fleetune.verify import Finding
 
 
@@ -69,30 +76,103 @@ def findings(found: list[Finding]) -> Table:
     return table
 
 
-def statuses(folders: list[Path], jobs: dict[Path, str]) -> Table:
-    """A line for each run. Raises RecipeError for a folder that is no run."""
-    table = Table("run", "state", "attempts", "nodes", "step", "left", "loss", "what happened last")
+def statuses(folders: list[Path], jobs: dict[Path, Job]) -> Table:
+    """A line for each run; `jobs` are those that Slurm knows.
+
+    Raises:
+        RecipeError: a folder is no run.
+    """
+    table = Table("run", "state", "attempts", "nodes", "step", "left", "loss", "goodput", "what happened last")
     for folder in folders:
         if not (folder / "run.json").exists():
             raise RecipeError(f"{folder}: is no run folder (it has no run.json)")
-        run = runs.Run(folder)
-        attempts = runs.read_jsonl(run.attempts)
-        metrics = runs.last_json(run.metrics, "train/loss")
-        info = run.info()
-        step, total = metrics.get("step", 0), info.get("total_steps")
-        last = attempts[-1] if attempts else {}
-        state = jobs.get(folder) or ("running" if last.get("event") == "start" else "ended" if last else "not begun")
-        rate = metrics.get("train/samples_per_second")
-        left = f"{(total - step) * info['global_batch_size'] / rate / 60:.0f} min" if total and rate else ""
-        loss = metrics.get("train/loss")
-        table.add_row(
-            escape(folder.name),
-            escape(state),
-            str(sum(entry["event"] == "start" for entry in attempts)),
-            escape(", ".join(last.get("nodes", []))),
-            f"{step}/{total}" if total else str(step),
-            left,
-            "" if loss is None else f"{loss:.4f}",
-            escape(str(last.get("reason", "")).partition("\n")[0]),
-        )
+        table.add_row(*(escape(cell) for cell in _status(runs.Run(folder), jobs.get(folder))))
     return table
+
+
+def _status(run: runs.Run, job: Job | None) -> list[str]:
+    attempts, info = runs.read_jsonl(run.attempts), run.info()
+    metrics = runs.last_json(run.metrics, "train/loss")
+    last = attempts[-1] if attempts else {}
+    step, total = metrics.get("step", 0), info.get("total_steps")
+    ledger, rate = ledger_of(run), metrics.get("train/samples_per_second")
+    is_over = last.get("event") == "end" and not (job is not None and job.is_live)
+    left = (total - step) * info["global_batch_size"] / rate if total and rate and not is_over else None
+    return [
+        run.path.name,
+        str(job or _local_state(run, last)),
+        str(sum(entry["event"] == "start" for entry in attempts)),
+        ", ".join(last.get("nodes", [])),
+        f"{step}/{total}" if total else str(step),
+        "" if left is None else duration(left),
+        f"{metrics['train/loss']:.4f}" if metrics else "",
+        f"{100 * ledger.goodput:.0f} %" if ledger.wall else "",
+        str(last.get("reason", "")).partition("\n")[0],
+    ]
+
+
+def goes_on(folder: Path, job: Job | None) -> bool:
+    """Whether the run is at work, or its job in the queue."""
+    return (job is not None and job.is_live) or runs.is_at_work(runs.Run(folder))
+
+
+def _local_state(run: runs.Run, last: dict[str, Any]) -> str:
+    if not last:
+        return "not begun"
+    if last["event"] == "start":
+        return "running" if runs.is_at_work(run) else "cut off"
+    return {runs.DONE: "done", runs.SAVED: "stopped"}.get(last["exit_code"], "failed")
+
+
+def duration(seconds: float) -> str:
+    """As a person says it, in two units at most."""
+    seconds = round(seconds)
+    for size, name, below, lesser in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= size:
+            rest = seconds % size // below
+            return f"{seconds // size} {name}" + (f" {rest} {lesser}" if rest else "")
+    return f"{seconds} s"
+
+
+DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, by row and column
+
+
+def chart(points: list[tuple[float, float]], width: int, height: int) -> list[str]:
+    """Lines of text that show points (x, y) as dots, two a column and four a row, with the y axis' ends beside them."""
+    points = [(x, y) for x, y in points if math.isfinite(y)]
+    if not points:
+        return []
+    (x0, x1), (y0, y1) = ((min(axis), max(axis)) for axis in zip(*points, strict=True))
+    cells = [[0x2800] * width for _ in range(height)]
+    for x, y in points:
+        column = round((x - x0) / ((x1 - x0) or 1) * (2 * width - 1))
+        row = round((y1 - y) / ((y1 - y0) or 1) * (4 * height - 1))
+        cells[row // 4][column // 2] |= DOTS[row % 4][column % 2]
+    ends = {0: f"{y1:.4g}", height - 1: f"{y0:.4g}"}
+    margin = max(len(text) for text in ends.values())
+    lines = [f"{ends.get(at, ''):>{margin}} {''.join(map(chr, row))}" for at, row in enumerate(cells)]
+    left, right = f"{x0:.0f}", f"{x1:.0f}"
+    return [*lines, f"{'':>{margin}} {left}{right:>{width - len(left)}}"]
+
+
+def losses(run: runs.Run, most: int = 4 << 20) -> list[tuple[float, float]]:
+    """(step, loss) of the steps that were logged last."""
+    points = []
+    with contextlib.suppress(OSError), run.metrics.open("rb") as file:
+        file.seek(max(0, run.metrics.stat().st_size - most))
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                points.append((float(entry["step"]), float(entry["train/loss"])))
+    return points
+
+
+def live(folders: list[Path], jobs: dict[Path, Job], width: int) -> Group:
+    """What `fleetune watch` shows: the runs, and the loss of the first that has one."""
+    parts: list[Any] = [statuses(folders, jobs)]
+    for run in map(runs.Run, folders):
+        lines = chart(losses(run), max(10, min(width, 100) - 10), 8)
+        if lines:
+            parts.append(Text("\n".join([f"train/loss of {run.path.name} by step", *lines])))
+            break
+    return Group(*parts)

@@ -1,4 +1,4 @@
-"""The run folder: its paths, identity, attempts, lease. Nothing here imports torch."""
+"""The run folder: its paths, identity, files, lease. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -153,7 +153,12 @@ def _make(run: Run, recipe: Recipe, layout: dict[str, int]) -> None:
             "choose another name, or --fresh"
         )
     run.path.chmod(0o700)
-    made = {"id": secrets.token_hex(4), "name": recipe.name, "created": _now(), "versions": versions()}
+    made = {
+        "id": secrets.token_hex(4),
+        "name": recipe.name,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
     write_json(run.path / "run.json", {**made, "commit": source_commit(), "layout": layout})
 
 
@@ -215,7 +220,7 @@ def is_finished(run: Run, steps: int) -> bool:
     return bool(attempts) and attempts[-1].get("exit_code") == DONE and report["total_steps"] == steps
 
 
-# ---------------------------------------------------------------- attempts
+# ---------------------------------------------------------------- files of a line a record
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -247,64 +252,6 @@ def append_jsonl(path: Path, value: dict[str, Any]) -> None:
         os.write(descriptor, (("\n" if is_torn else "") + json.dumps(value) + "\n").encode())
     finally:
         os.close(descriptor)
-
-
-def start_attempt(run: Run, nodes: list[str]) -> int:
-    """Records the attempt; returns its number, counted from 1."""
-    logged = (int(path.name.removeprefix("attempt-")) for path in run.logs(0).parent.glob("attempt-[0-9]*"))
-    number = 1 + max([*(entry["attempt"] for entry in read_jsonl(run.attempts)), *logged], default=0)
-    run.logs(number).mkdir(parents=True, exist_ok=True)
-    append_jsonl(run.attempts, {"attempt": number, "event": "start", "time": _now(), "nodes": nodes})
-    return number
-
-
-def unended(run: Run) -> list[dict[str, Any]]:
-    """The starts of attempts that have no end: one that is at work, or that was ended from outside."""
-    entries = read_jsonl(run.attempts)
-    ended = {entry["attempt"] for entry in entries if entry["event"] == "end"}
-    return [entry for entry in entries if entry["event"] == "start" and entry["attempt"] not in ended]
-
-
-def end_attempt(
-    run: Run, number: int, exit_code: int, reason: str, nodes: list[str], seconds: float, kind: str | None = None
-) -> None:
-    """`kind` is what ended it, on a cluster: each has its own budget in the recipe's `retries`."""
-    span = run.logs(number) / "steps.json"  # written by rank 0
-    steps = read_json(span) if span.exists() else {}
-    append_jsonl(
-        run.attempts,
-        {
-            "attempt": number,
-            "event": "end",
-            "time": _now(),
-            "exit_code": exit_code,
-            "reason": reason,
-            **({} if kind is None else {"kind": kind}),
-            "nodes": nodes,
-            "seconds": round(seconds, 3),
-            "first_step": steps.get("first"),
-            "last_step": steps.get("last"),
-        },
-    )
-
-
-def log_of(run: Run, rank: int, attempt: int | None) -> Path:
-    """Raises RecipeError with the attempts or ranks that there are."""
-    folders = sorted(run.logs(0).parent.glob("attempt-[0-9]*"), key=lambda folder: int(folder.name[8:]))
-    if not folders:
-        raise RecipeError(f"{run.path}: has no logs: no attempt has begun")
-    folder = folders[-1] if attempt is None else run.logs(attempt)
-    if folder not in folders:
-        raise RecipeError(f"--attempt {attempt}: the run has attempts 1 to {folders[-1].name[8:]}")
-    path = folder / f"rank-{rank}.log"
-    if not path.exists():
-        ranks = sorted(int(log.stem[5:]) for log in folder.glob("rank-*.log"))
-        raise RecipeError(f"--rank {rank}: the attempt has ranks {', '.join(map(str, ranks)) or 'none yet'}")
-    return path
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 # ---------------------------------------------------------------- the lease
@@ -380,15 +327,21 @@ def _held(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def is_at_work(run: Run) -> bool:
+    """Whether an attempt holds the run's lease and lives."""
+    held = _held(run.path / "lease.json")
+    return held is not None and _lives(held)
+
+
+def _lives(held: dict[str, Any]) -> bool:
+    if held["host"] == socket.gethostname():
+        return _process_lives(held["pid"], held["started"])
+    return bool(time.time() - held["time"] < LEASE_SECONDS)
+
+
 def _refuse_another_attempt(path: Path) -> None:
     held = _held(path)
-    if held is None:
-        return
-    if held["host"] == socket.gethostname():
-        alive = _process_lives(held["pid"], held["started"])
-    else:
-        alive = time.time() - held["time"] < LEASE_SECONDS
-    if alive:
+    if held is not None and _lives(held):
         raise RecipeError(_at_work(path, held))
 
 

@@ -213,7 +213,9 @@ class Retries(Section):
     """On a cluster: how many attempts may end in each way before the run is given up."""
 
     preemption: NotNegativeInt = 100
-    """By a job of higher priority, or by `scontrol requeue`."""
+    """By a job of higher priority."""
+    requeue: NotNegativeInt = 100
+    """By a person: `scontrol requeue`."""
     time_limit: NotNegativeInt = 1000
     node_failure: NotNegativeInt = 20
     crash: NotNegativeInt = 3

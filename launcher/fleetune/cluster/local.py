@@ -21,7 +21,8 @@ from types import FrameType
 from typing import IO, Any
 
 from fleetune import runs
-from fleetune.cluster.watch import Beats, Silence, where_each_is
+from fleetune.attempts import end_attempt, start_attempt
+from fleetune.cluster.beats import Beats, Silence, where_each_is
 from fleetune.recipe import dump_recipe
 from fleetune.schema import Recipe, RecipeError, cut_batch, total_steps
 
@@ -186,9 +187,17 @@ class Outcome:
 
 
 def run_recipe(
-    recipe: Recipe, layout: Layout, report: dict[str, Any], *, fresh: bool, watch: Callable[[str], None], stop: Stop
+    recipe: Recipe,
+    layout: Layout,
+    report: dict[str, Any],
+    *,
+    fresh: bool,
+    watch: Callable[[str], None],
+    stop: Stop,
+    began: float | None = None,
 ) -> Outcome:
-    """One attempt of a prepared recipe, from its start or its newest checkpoint. `watch` gets rank 0's lines.
+    """One attempt of a prepared recipe, from its start or its newest checkpoint. `watch` gets rank 0's lines;
+    `began` is when preparing it began, where that counts to its time.
 
     Raises:
         RecipeError: the run folder is of another recipe, data or layout, or another attempt is at work in it.
@@ -205,7 +214,7 @@ def run_recipe(
             f"{socket.gethostname()}/{node}" if layout.nodes > 1 else socket.gethostname()
             for node in range(layout.nodes)
         ]
-        attempt, start = runs.start_attempt(run, nodes), time.monotonic()
+        attempt = start_attempt(run, nodes, began)
         code, reason = runs.FAILED, "interrupted"
         try:
             program = ["fleetune.train", str(run.path)]
@@ -217,7 +226,7 @@ def run_recipe(
             code, reason = runs.FAILED, str(taken_over)
         finally:
             with contextlib.suppress(OSError):  # a full disk; what the attempt came to is still said
-                runs.end_attempt(run, attempt, code, reason, nodes, time.monotonic() - start)
+                end_attempt(run, attempt, code, reason)
     return Outcome(run, code, reason)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import getpass
 import re
 import shutil
@@ -38,6 +39,9 @@ class Job:
     def is_live(self) -> bool:
         return self.state in LIVE
 
+    def __str__(self) -> str:
+        return f"pending ({self.reason})" if self.state == "PENDING" else self.state.lower().replace("_", " ")
+
 
 def job_of(path: Path) -> str:
     """The id of the job of a run's folder. Raises RecipeError where it was never sent."""
@@ -46,8 +50,8 @@ def job_of(path: Path) -> str:
     raise RecipeError(f"{path}: was not sent to a cluster (it has no job.json with an id)")
 
 
-def states(paths: Iterable[Path]) -> dict[Path, str]:
-    """Slurm's state of each run's job that it still knows, by at most two queries; runs without a job are left out.
+def jobs_of(paths: Iterable[Path]) -> dict[Path, Job]:
+    """Each run's job that Slurm still knows, by at most two queries; runs without a job are left out.
 
     A requeued job is held for two minutes, from the moment that its last attempt has left the nodes, so that the
     attempt itself cannot change it: who looks moves its start up, where this user may.
@@ -61,14 +65,14 @@ def states(paths: Iterable[Path]) -> dict[Path, str]:
     known = queue()
     if missing := {id_ for id_ in ids.values() if id_ not in known}:
         known |= accounted(ids=missing) or {}
-    said = {}
+    found = {}
     for path, id_ in ids.items():
         if id_ in known:
             job = known[id_]
             if job.state == "PENDING" and job.reason == "BeginTime" and start_now(id_):
                 job = replace(job, reason="its start was moved up")
-            said[path] = f"{job.state.lower()} ({job.reason})" if job.state == "PENDING" else job.state.lower()
-    return said
+            found[path] = job
+    return found
 
 
 def require() -> None:
@@ -119,6 +123,26 @@ def accounted(ids: Iterable[str] = (), names: Iterable[str] = ()) -> dict[str, J
         id_, state, nodes, name = line.split("|", 3)
         jobs[id_] = Job(id_, state.split()[0], "", nodes, name)  # CANCELLED by 1000
     return jobs
+
+
+@dataclass(frozen=True)
+class Past:
+    """One of a job's earlier starts, as the accounting has it."""
+
+    state: str  # NODE_FAIL, PREEMPTED, REQUEUED, ...
+    end: float  # seconds since the epoch
+
+
+def past(id_: str) -> list[Past]:
+    """The job's starts that have ended, oldest first; none where there is no accounting."""
+    words = ("sacct", "--noheader", "--parsable2", "--duplicates", "--allocations", f"--jobs={id_}")
+    found = []
+    with contextlib.suppress(SlurmFailed):
+        for line in command(*words, "--format=State,End").splitlines():
+            state, end = line.split("|")
+            with contextlib.suppress(ValueError):  # Unknown: it is still at work
+                found.append(Past(state.split()[0], datetime.datetime.fromisoformat(end).timestamp()))
+    return sorted(found, key=lambda one: one.end)
 
 
 def seconds_left(id_: str) -> float | None:

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from fleetune import runs
+from fleetune.attempts import end_attempt, unended
 from fleetune.cluster import slurm, snapshot
 from fleetune.cluster.local import Layout
 from fleetune.cluster.profile import CONTROL, Profile, minutes_of
@@ -64,6 +65,7 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | N
         "sent": time.time(),
         "host": os.uname().nodename,
         "folder": _folder(run, token),
+        "stop_seconds": profile.stop_seconds,
     }
     runs.write_json(run.path / "job.json", job)
     executor = _executor(run, profile, token, copy, after)
@@ -91,9 +93,9 @@ def _forget_cancelling(run: runs.Run) -> None:
     """Ends an attempt that was cancelled at once, so that the next one does not take it for something else."""
     if not (run.path / "cancel.json").exists():
         return
-    for entry in runs.unended(run):
+    for entry in unended(run):
         reason = "cancelled at once; what came after the last checkpoint is lost"
-        runs.end_attempt(run, entry["attempt"], runs.FAILED, reason, entry["nodes"], 0.0, kind="cancel")
+        end_attempt(run, entry["attempt"], runs.FAILED, reason, kind="cancel")
     (run.path / "cancel.json").unlink()
 
 
@@ -220,9 +222,7 @@ def _parameters(run: runs.Run, profile: Profile, token: str, code: Path, after: 
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={profile.cpus_per_rank}", *_container(profile, run)],
         "setup": _setup(run, profile, code),
         # Runs once srun has ended, in whatever way: records it, and requeues where there is more to do.
-        "teardown": [
-            f"exec {shlex.quote(sys.executable)} -m fleetune.cluster.supervisor {shlex.quote(str(run.path))} $?"
-        ],
+        "teardown": [f"exec {shlex.quote(sys.executable)} -m fleetune.cluster.verdict {shlex.quote(str(run.path))} $?"],
     }
 
 

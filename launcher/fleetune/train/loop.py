@@ -78,9 +78,11 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
     """
     setup = set_up(run, world)
     recipe, total = setup.recipe, setup.total_steps
+    start = time.perf_counter()
     progress = _resume(setup)
+    restoring = time.perf_counter() - start
     saver = checkpoint.Saver(setup.engine, run, world, recipe.checkpoint, progress.step)
-    note = start_notes(run, recipe, total, progress, logs) if world.is_main else Notes()
+    note = start_notes(run, recipe, total, progress, logs, restoring) if world.is_main else Notes()
     meter = Meter(progress, setup.parameters, world)
     batches, composed = list[Ints](), -1
 
@@ -145,6 +147,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
                 note.saved(saver.finish(), progress.step)
             raise
         progress.count(rows, examples, tokens, time.perf_counter() - start)
+        note.passed(progress.step)
         epoch = progress.epoch + progress.position / len(batches)
         if progress.position == len(batches):
             progress.epoch, progress.position = progress.epoch + 1, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
@@ -16,6 +17,8 @@ from fleetune.train.metrics_log import MetricsLog
 from fleetune.train.progress import Progress
 from fleetune.train.speed import figures, step_line
 
+NOTE_SECONDS = 1.0
+
 
 def say(line: str) -> None:
     print(line, flush=True)
@@ -27,8 +30,13 @@ class _Books:
     total_steps: int
     log: MetricsLog
     feeder: Popen[bytes] | None
-    steps: Path  # first and last step of this attempt
+    progress: Path  # of this attempt, for the ledger
     first_step: int
+    saved_step: int
+    began: float  # training, in seconds since the epoch
+    restoring: float  # seconds that it took to read the checkpoint
+    saving: float = 0.0  # seconds that training stood still for checkpoints
+    noted: float = 0.0  # when `progress` was written last
     told: str | None = None  # what the person knows of wandb
 
 
@@ -37,6 +45,11 @@ class Notes:
     """The main rank's; another rank's has no books and tells nothing."""
 
     books: _Books | None = None
+
+    def passed(self, step: int) -> None:
+        """A step is done, logged or not; writes down where this attempt is, once a second at most."""
+        if self.books is not None and time.time() - self.books.noted > NOTE_SECONDS:
+            _note_progress(self.books, step)
 
     def step(self, step: int, values: dict[str, Any]) -> None:
         if self.books is None:
@@ -73,8 +86,9 @@ class Notes:
             return
         times = {"checkpoint/blocked_seconds": saved.blocked_seconds, "checkpoint/seconds": saved.seconds}
         self.books.log.write(step, times)
-        with contextlib.suppress(OSError):  # a full disk; only attempts.jsonl lacks it
-            runs.write_json(self.books.steps, {"first": self.books.first_step, "last": saved.step})
+        self.books.saved_step = saved.step
+        self.books.saving += saved.blocked_seconds
+        _note_progress(self.books, step)
 
     def end(self, step: int, finished: bool) -> None:
         if self.books is None:
@@ -85,12 +99,15 @@ class Notes:
             self.books.log.close()
         except OSError as error:  # all that a checkpoint needs has been synced with it
             say(f"{self.books.run.metrics} lacks its last lines: {error.strerror}")
+        _note_progress(self.books, step)
         if not finished:
             say(f"stopped after step {step}/{self.books.total_steps}; the same command goes on from there")
 
 
-def start_notes(run: runs.Run, recipe: Recipe, total_steps: int, progress: Progress, logs: Path) -> Notes:
-    """Opens the JSONL and starts the process that feeds wandb from it."""
+def start_notes(
+    run: runs.Run, recipe: Recipe, total_steps: int, progress: Progress, logs: Path, restoring: float
+) -> Notes:
+    """Opens the JSONL and starts the process that feeds wandb from it. Reading the checkpoint took `restoring` s."""
     wandb, feeder = recipe.tracking.wandb, None
     log = MetricsLog(run.metrics, progress.step, progress.evaluated_step)
     if wandb is not None:
@@ -105,7 +122,25 @@ def start_notes(run: runs.Run, recipe: Recipe, total_steps: int, progress: Progr
             run_id=run.info()["id"],
             log_path=run.path / "logs" / "wandb.log",
         )
-    return Notes(_Books(run, total_steps, log, feeder, logs / "steps.json", progress.step + 1))
+    path, first = logs / "progress.json", progress.step + 1
+    books = _Books(run, total_steps, log, feeder, path, first, progress.step, time.time(), restoring)
+    _note_progress(books, progress.step)
+    return Notes(books)
+
+
+def _note_progress(books: _Books, step: int) -> None:
+    books.noted = time.time()
+    noted = {
+        "first_step": books.first_step,
+        "step": step,
+        "saved_step": books.saved_step,
+        "began": round(books.began, 3),
+        "restoring": round(books.restoring, 3),
+        "saving": round(books.saving, 3),
+        "time": round(books.noted, 3),
+    }
+    with contextlib.suppress(OSError):  # a full disk: only the ledger lacks it
+        runs.write_json(books.progress, noted)
 
 
 def _tell(books: _Books, line: str | None) -> None:

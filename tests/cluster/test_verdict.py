@@ -14,7 +14,7 @@ import pytest
 from tiny import recipe_values
 
 from fleetune import runs
-from fleetune.cluster import supervisor
+from fleetune.cluster import verdict
 from fleetune.recipe import dump_recipe
 from fleetune.schema import Recipe
 
@@ -28,13 +28,13 @@ def run(tmp_path: Path) -> runs.Run:
     return made
 
 
-def end_of(run: runs.Run, srun_code: int, *ranks: dict[str, Any]) -> supervisor.End:
+def end_of(run: runs.Run, srun_code: int, *ranks: dict[str, Any]) -> verdict.End:
     notes = run.path / "slurm" / "7-0"
     notes.mkdir(parents=True, exist_ok=True)
     for number, rank in enumerate(ranks):
         value = {"reason": "", "signals": [], "time": float(number), **rank}
         (notes / f"ended-{number}.json").write_text(json.dumps(value), encoding="utf-8")
-    return supervisor._end_of(run, notes, srun_code)
+    return verdict._end_of(run, notes, srun_code)
 
 
 SAVED = {"code": runs.SAVED}
@@ -62,7 +62,7 @@ def test_a_signal_near_the_time_limit_is_the_time_limits(
     run: runs.Run, left: float | None, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs.write_json(run.path / "job.json", {"stop_seconds": 60})
-    monkeypatch.setattr(supervisor.slurm, "seconds_left", lambda job: left)
+    monkeypatch.setattr(verdict.slurm, "seconds_left", lambda job: left)
     assert end_of(run, 0, SAVED | {"signals": [signal.SIGUSR2]}).kind == kind
 
 
@@ -85,7 +85,7 @@ def attempts(run: runs.Run, *ends: tuple[str, int]) -> str | None:
         end = {"attempt": number, "event": "end", "kind": kind, "last_step": last_step, "reason": f"by {kind}"}
         end["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         runs.append_jsonl(run.attempts, end)
-    return supervisor.given_up(run)
+    return verdict.given_up(run)
 
 
 @pytest.mark.parametrize(
@@ -115,4 +115,4 @@ def test_each_kind_has_a_budget_and_none_may_stand_still(run: runs.Run, ends: li
 def test_sending_a_run_anew_is_a_new_beginning(run: runs.Run) -> None:
     assert attempts(run, *[("crash", n) for n in (4, 8, 12)]) is not None
     runs.write_json(run.path / "job.json", {"sent": time.time() + 60})
-    assert supervisor.given_up(run) is None
+    assert verdict.given_up(run) is None

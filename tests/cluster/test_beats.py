@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetune.cluster.watch import EXIT_SECONDS, LEAST_SECONDS, TIMES, UNKNOWN_SECONDS, Beats, Silence, where_each_is
+from fleetune.cluster.beats import EXIT_SECONDS, LEAST_SECONDS, TIMES, UNKNOWN_SECONDS, Beats, Silence, where_each_is
 
 
 def beat(folder: Path, rank: int, count: int, phase: str) -> None:

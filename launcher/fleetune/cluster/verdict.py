@@ -1,0 +1,174 @@
+"""How an attempt on a cluster ended, and whether another is made.
+
+After srun, `python -m fleetune.cluster.verdict RUN CODE` in the batch script reads how the ranks ended, ends the
+attempt in RUN/attempts.jsonl, and requeues the job under its own id, or gives the run up: each kind of interruption
+has a budget of its own. Where Slurm itself requeues (a dead node, scontrol requeue) it never comes to that; the next
+attempt then ends the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fleetune import runs
+from fleetune.attempts import end_attempt, epoch_of, progress_of, unended
+from fleetune.cluster import slurm
+from fleetune.schema import RecipeError
+
+
+def notes_of(run: runs.Run, job: str, restart: int) -> Path:
+    """The folder in which the tasks of one start of a job leave notes for each other."""
+    return run.path / "slurm" / f"{job}-{restart}"
+
+
+@dataclass(frozen=True)
+class End:
+    kind: str  # done | cancel | time_limit | preemption | requeue | node_failure | crash | wrong
+    code: int
+    reason: str
+
+
+def conclude(run: runs.Run, job: str, restart: int, srun_code: int) -> int:
+    """The batch script's last word: ends the attempt and requeues, or not. Returns the job's exit code."""
+    notes = notes_of(run, job, restart)
+    end = _end_of(run, notes, srun_code)
+    verdict = _record(run, notes, end)
+    if verdict is None and end.kind not in ("done", "cancel", "wrong"):
+        try:
+            slurm.requeue(job)
+            time.sleep(30.0)  # Slurm ends this script
+        except slurm.SlurmFailed as error:
+            verdict = f"cannot be requeued ({error}); `fleetune submit` goes on with it"
+    if verdict is not None:
+        print(f"fleetune: error: {run.path}: {verdict}", file=sys.stderr)
+    return 0 if end.kind in ("done", "cancel") else 1
+
+
+def _end_of(run: runs.Run, notes: Path, srun_code: int) -> End:
+    ended = [runs.read_json(path) for path in sorted(notes.glob("ended-*.json"))]
+    failed = [one for one in ended if one["code"] not in (runs.DONE, runs.SAVED)]
+    if failed:
+        if (hang := notes / "hang.json").exists():
+            return End("crash", runs.FAILED, _how_they_hang(runs.read_json(hang), failed))
+        first = min(failed, key=lambda one: (one["code"] != runs.FAILED_FOR_GOOD, one["time"]))
+        kept = first["code"] if first["code"] in (runs.WRONG, runs.FAILED_FOR_GOOD) else runs.FAILED
+        return End("crash" if kept == runs.FAILED else "wrong", kept, first["reason"])
+    if ended and all(one["code"] == runs.DONE for one in ended) and srun_code == 0:
+        return End("done", runs.DONE, "done")
+    if any(one["code"] == runs.SAVED for one in ended) and srun_code == 0:
+        if (run.path / "cancel.json").exists():
+            return End("cancel", runs.SAVED, "cancelled: stopped and saved")
+        if _time_is_over(run, notes.name.partition("-")[0]):
+            return End("time_limit", runs.SAVED, "the time limit is near: stopped and saved")
+        return End("preemption", runs.SAVED, "preempted: stopped and saved")
+    return End("crash", runs.FAILED, f"a task ended without a word (srun: {srun_code})")
+
+
+def _how_they_hang(silence: dict[str, Any], failed: list[dict[str, Any]]) -> str:
+    doing = "as they start" if silence["phase"] == "start" else f"in their {silence['phase']}"
+    line = (
+        f"the ranks hang {doing}: no sign of rank {silence['rank']} for {silence['seconds']:.0f} s, "
+        f"and {silence['limit']:.0f} s is the most it may take"
+    )
+    places = [one["reason"].splitlines()[1].strip() for one in failed if one["reason"].count("\n") > 1]
+    return "\n  ".join([line, *sorted(places)])
+
+
+def _time_is_over(run: runs.Run, job: str) -> bool:
+    """Whether Slurm's signal was that of the time limit: it comes up to a minute early."""
+    with contextlib.suppress(slurm.SlurmFailed, OSError, KeyError):
+        left = slurm.seconds_left(job)
+        return left is not None and left < runs.read_json(run.path / "job.json")["stop_seconds"] + 65
+    return False
+
+
+def _record(run: runs.Run, notes: Path, end: End) -> str | None:
+    """Ends the attempt. Returns why the run is given up, or None."""
+    start = runs.read_json(notes / "start.json") if (notes / "start.json").exists() else None
+    if start is not None:
+        end_attempt(run, start["attempt"], end.code, end.reason, end.kind)
+    if end.kind in ("done", "cancel"):
+        return None
+    if end.kind == "wrong":
+        return end.reason
+    return given_up(run)
+
+
+def given_up(run: runs.Run) -> str | None:
+    """Why no further attempt is made, by the budgets of the recipe; None where one may be. Sending it anew is a new
+    beginning: what was before is not counted."""
+    sent = sent_at(run) or 0.0
+    ends = [
+        entry for entry in runs.read_jsonl(run.attempts) if entry["event"] == "end" and epoch_of(entry["time"]) >= sent
+    ]
+    retries = run.recipe().retries
+    last = ends[-1] if ends else {}
+    kind = last.get("kind", "crash")
+    count = sum(entry.get("kind") == kind for entry in ends)
+    budget = getattr(retries, kind, None)
+    if budget is not None and count > budget:
+        return f"given up after {count} attempts that ended by {kind} (retries.{kind} = {budget}): {last['reason']}"
+    reached = [entry.get("last_step") or 0 for entry in ends]
+    idle = 0
+    for index in range(len(reached) - 1, -1, -1):
+        if reached[index] > max(reached[:index], default=0):
+            break
+        idle += 1
+    if idle >= retries.without_progress:
+        return f"given up after {idle} attempts without a step of progress: {last.get('reason', '')}"
+    return None
+
+
+def close_last(run: runs.Run, job: str, restart: int) -> None:
+    """Ends an attempt that Slurm ended before it could be: a dead node, or `scontrol requeue`.
+
+    Raises RecipeError where no further one is to be made.
+    """
+    for entry in unended(run):
+        began = epoch_of(entry["began"])
+        was = next((one for one in reversed(slurm.past(job)) if one.end > began), None)
+        told = progress_of(run, entry["attempt"]).get("time", began)
+        kind, code, reason = _why_requeued(run, job, entry["attempt"], "" if was is None else was.state)
+        end_attempt(run, entry["attempt"], code, reason, kind, at=max(told, was.end if was is not None else told))
+    if restart and (verdict := given_up(run)) is not None:
+        raise RecipeError(verdict)
+
+
+def _why_requeued(run: runs.Run, job: str, attempt: int, state: str) -> tuple[str, int, str]:
+    """(kind, code, reason) of an attempt that Slurm ended, whose accounting calls it `state`, or "" without any."""
+    saved = [
+        runs.read_json(path)["code"] == runs.SAVED
+        for folder in (run.path / "slurm").glob(f"{job}-*")
+        if (folder / "start.json").exists() and runs.read_json(folder / "start.json")["attempt"] == attempt
+        for path in folder.glob("ended-*.json")
+    ]
+    if state == "NODE_FAIL":
+        return "node_failure", runs.FAILED, "a node failed"
+    kind = "requeue" if state == "REQUEUED" else "preemption"
+    by = {"requeue": "requeued by scontrol", "preemption": "preempted"}[kind] if state else "requeued by Slurm"
+    if saved and all(saved):
+        return kind, runs.SAVED, f"{by}: stopped and saved"
+    return kind, runs.FAILED, f"{by} before it was saved"
+
+
+def sent_at(run: runs.Run) -> float | None:
+    """When the run was sent to the cluster, in seconds since the epoch."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return float(runs.read_json(run.path / "job.json")["sent"])
+    return None
+
+
+def main() -> int:
+    run, srun_code = runs.Run(Path(sys.argv[1])), int(sys.argv[2])
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return conclude(run, os.environ["SLURM_JOB_ID"], restart, srun_code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""`fleetune why`: what happened to a run, and what to do, as a person would tell it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+from typing import Any
+
+from fleetune import runs
+from fleetune.attempts import unended
+from fleetune.cluster import slurm
+from fleetune.cluster.verdict import given_up
+from fleetune.ledger import ledger_of
+from fleetune.report import duration
+from fleetune.schema import RecipeError
+
+# Why Slurm lets a job wait; %r of squeue.
+WAITS = (
+    (r"Priority", "jobs of higher priority go first", "Wait, or ask for fewer nodes or a shorter `time`."),
+    (r"Resources", "the nodes it needs are at work", "Wait, or ask for fewer nodes."),
+    (r"BeginTime", "Slurm holds it back for two minutes, as every requeued job", "Wait; it starts by itself."),
+    (r"its start was moved up", "it was requeued and starts as soon as its nodes are free", "Wait."),
+    (r"DependencyNeverSatisfied", "the run it waits for has failed", "`scancel` it and submit it without --after."),
+    (r"Dependency", "it waits for another run (--after)", "Wait, or see why the other run is not done."),
+    (r"QOS|Assoc", "a limit of your account or qos is reached", "Wait for your other jobs, or see `fleetune doctor`."),
+    (r"PartitionTimeLimit", "`time` is beyond what the partition allows", "Cancel it and lower `time` in the profile."),
+    (r"Partition\w*Limit|BadConstraints", "the partition has no such nodes", "Cancel it and see `fleetune doctor`."),
+    (r"NotAvail|NodeDown|DOWN|DRAIN", "nodes it needs are down, or reserved", "See `sinfo -R`, or take other nodes."),
+    (r"JobHeldUser", "it is held", "`scontrol release` lets it go."),
+    (r"JobHeldAdmin|launch failed", "it is held by Slurm or its administrators", "Ask them; see `scontrol show job`."),
+)  # fmt: skip
+
+# What is said in a failed rank's error, or in the reason an attempt ended with.
+REMEDIES = (
+    (
+        r"out of memory|can't allocate memory|OutOfMemory|std::bad_alloc",
+        "Lower training.per_device_train_batch_size and set training.global_batch_size to what it is now (the numbers "
+        "stay the same), set model.gradient_checkpointing, or raise deepspeed.zero_stage.",
+    ),
+    (
+        r"killed by SIGKILL",
+        "Mostly it is the kernel, for want of memory: `sacct -j JOB --format=MaxRSS` and the node's `dmesg` know. Ask "
+        "for more `memory` in the profile, or make the batch smaller.",
+    ),
+    (
+        r"killed by SIG(SEGV|BUS|ILL|ABRT|FPE)",
+        "A fault in compiled code, or in the node: see the log, try another node.",
+    ),
+    (
+        r"hang",
+        "Its log holds the stacks of every rank that could answer. One that is stopped or does not answer is where to "
+        "look: its node, its network (NCCL_DEBUG: INFO in the profile's environment), its disk.",
+    ),
+    (
+        r"is not finite|gradient's norm is|: \w+ is (nan|-?inf)",
+        "Look at the rows that it names; lower training.learning_rate, or clip by training.max_grad_norm. The last "
+        "checkpoint is good.",
+    ),
+    (
+        r"No space left|quota|cannot be written",
+        "Free some space, or lower checkpoint.save_total_limit; what is saved is whole. Then submit it again.",
+    ),
+    (r"Connection|NCCL|Gloo|socket", "Ranks lost each other: mostly another rank, or a node, died first. See its log."),
+    (r"retries\.|without a step", "Mend what ends it, or raise its budget in the recipe; submit goes on with it."),
+)
+
+
+def why(run: runs.Run) -> list[str]:
+    """Paragraphs: what happened, what to do, where its time went.
+
+    Raises:
+        RecipeError: it is no run folder.
+    """
+    if not (run.path / "run.json").exists():
+        raise RecipeError(f"{run.path}: is no run folder (it has no run.json)")
+    entries = runs.read_jsonl(run.attempts)
+    ends = [entry for entry in entries if entry["event"] == "end"]
+    job = _job(run)
+    happened, remedy = _now(run, job, ends)
+    paragraphs = [" ".join([happened, *_before(ends, over=job is None or not job.is_live)]), f"What to do: {remedy}"]
+    ledger = ledger_of(run)
+    if ledger.wall >= 1.0:
+        spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in ledger.parts().items() if seconds >= 0.5)
+        again = f"; {ledger.recomputed_steps} steps were done again" if ledger.recomputed_steps else ""
+        paragraphs.append(f"Of {duration(ledger.wall)}, {100 * ledger.goodput:.0f} % were productive: {spent}{again}.")
+    return paragraphs
+
+
+def _job(run: runs.Run) -> slurm.Job | None:
+    """The run's job as Slurm knows it now; None where it knows none."""
+    if not (run.path / "job.json").exists() or shutil.which("squeue") is None:
+        return None
+    id_ = slurm.job_of(run.path)
+    known = slurm.queue()
+    return known.get(id_) or (slurm.accounted(ids=[id_]) or {}).get(id_)
+
+
+def _now(run: runs.Run, job: slurm.Job | None, ends: list[dict[str, Any]]) -> tuple[str, str]:
+    """Where the run stands, and what to do."""
+    step = runs.last_json(run.metrics, "step").get("step", 0)
+    at = f"at step {step} of {run.info().get('total_steps', 'a number it has not told')}"
+    open_ = unended(run)
+    if job is not None and job.is_live:
+        if job.state == "PENDING":
+            return _waits(job, at if ends or open_ else "not begun")
+        place = f"on {job.nodes}" if job.nodes else "on its nodes"
+        if job.state in ("RUNNING", "COMPLETING") and open_:
+            return f"Job {job.id} is at work {place}: attempt {open_[-1]['attempt']}, {at}.", "nothing; it gets on."
+        return f"Job {job.id} is {job.state.lower()} {place}, and trains in a moment.", "nothing; wait."
+    if open_:
+        return _cut_off(run, job, open_[-1], at)
+    if not ends:
+        if (run.path / "job.json").exists():
+            how = "is not known to Slurm any more" if job is None else f"ended as {job.state}"
+            return (
+                f"Its job {how}, and no attempt has begun. {_batch_log(run)}",
+                "read that; `fleetune doctor --cluster PROFILE` looks for what is wrong; then submit it again.",
+            )
+        return "It has not begun.", "`fleetune run` or `fleetune submit` starts it."
+    return _ended(run, ends[-1], at)
+
+
+def _waits(job: slurm.Job, at: str) -> tuple[str, str]:
+    for pattern, meaning, remedy in WAITS:
+        if re.search(pattern, job.reason):
+            return f"Job {job.id} waits in the queue, {at}: {meaning} ({job.reason}).", remedy
+    return f"Job {job.id} waits in the queue, {at}: {job.reason}.", "wait; `scontrol show job` says more."
+
+
+def _cut_off(run: runs.Run, job: slurm.Job | None, start: dict[str, Any], at: str) -> tuple[str, str]:
+    if runs.is_at_work(run):
+        return (
+            f"Attempt {start['attempt']} is at work on {', '.join(start['nodes'])}, {at}.",
+            "nothing; it gets on.",
+        )
+    ended = f"; Slurm says {job.state} of job {job.id}" if job is not None else ""
+    cancelled = (run.path / "cancel.json").exists()
+    what = "was cancelled at once" if cancelled else "was ended from outside, without a word"
+    return (
+        f"Attempt {start['attempt']} on {', '.join(start['nodes'])} {what}, {at}{ended}.",
+        "the same command again goes on from the last checkpoint.",
+    )
+
+
+def _ended(run: runs.Run, end: dict[str, Any], at: str) -> tuple[str, str]:
+    reason, _, where = end["reason"].partition("\n")
+    if end["exit_code"] == runs.DONE:
+        return f"It is done, {at}.", f"nothing; the model stands in {run.model}."
+    if end["exit_code"] == runs.SAVED or end.get("kind") == "cancel":
+        return f"It is not at work, {at}: {reason}.", "the same command again goes on from there."
+    verdict = given_up(run)
+    said = f"It has ended, {at}, and does not go on by itself: {reason}."
+    if verdict is not None:
+        said += f" It was {verdict.partition(':')[0]}."
+    if where:
+        said += f" {' '.join(where.split())}."
+    for pattern, remedy in REMEDIES:
+        if re.search(pattern, end["reason"], re.IGNORECASE):
+            return said, remedy
+    return said, "mend what the message names (the rank's log says more), then send it again; it goes on from there."
+
+
+def _before(ends: list[dict[str, Any]], over: bool) -> list[str]:
+    """The attempts before this one, by what ended them."""
+    before = ends[:-1] if over else ends
+    counts = Counter(end.get("kind") or ("done" if end["exit_code"] == runs.DONE else "stop") for end in before)
+    if not before:
+        return []
+    kinds = ", ".join(f"{count} by {kind.replace('_', ' ')}" for kind, count in counts.items())
+    sentence = f"{len(before)} earlier attempt{'s' * (len(before) > 1)} ended: {kinds}."
+    if not over:
+        last = ends[-1]
+        sentence += f" The last, {duration(last['seconds'] or 0)} long: {last['reason'].partition(chr(10))[0]}."
+    return [sentence]
+
+
+def _batch_log(run: runs.Run) -> str:
+    """What the batch script said last."""
+    logs = sorted((run.path / "submitit").glob("*/*_log.*"), key=lambda path: path.stat().st_mtime)
+    said = [line for path in logs for line in path.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+    return f"Its script said last: {said[-1].strip()}" if said else "Its script has said nothing."
