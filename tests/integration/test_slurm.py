@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from tiny import recipe_values, write_model, write_rows
 
 from fleetune import runs, verify
 
+ROOT = Path(__file__).parents[2]
 STEPS = 48  # some 10 seconds of training: time enough for a fault to fall into it
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a job waits for its nodes, and two minutes when requeued
@@ -34,16 +36,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def recipe(folder: Path, name: str, **training: Any) -> Path:
+def recipe(folder: Path, name: str) -> Path:
     values = recipe_values(folder, name, deepspeed={"zero_stage": 2}, checkpoint={"save_steps": 4})
-    values["training"] |= {"max_steps": STEPS, **training}
+    values["training"] |= {"max_steps": STEPS}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values | {"output_dir": str(folder)}), encoding="utf-8")
     return path
 
 
-def fleetune(cluster: DevCluster, *words: str, code: int = 0) -> str:
-    environment = cluster.environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+def fleetune(cluster: DevCluster, *words: str, code: int = 0, sources: tuple[Path, ...] = ()) -> str:
+    path = os.pathsep.join([*map(str, sources), *sys.path])
+    environment = cluster.environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-m", "fleetune.cli", *words], capture_output=True, text=True, env=environment, check=False
     )
@@ -75,10 +78,9 @@ def on_this_machine(devcluster: DevCluster, folder: Path) -> runs.Run:
 def send(devcluster: DevCluster, folder: Path) -> Iterator[Any]:
     """Sends a recipe and returns its run; what is left in the queue is cancelled."""
 
-    def sent(name: str, **training: Any) -> runs.Run:
-        said = fleetune(
-            devcluster, "submit", str(recipe(folder, name, **training)), "--cluster", str(folder / "profile.yaml")
-        )
+    def sent(name: str, sources: tuple[Path, ...] = ()) -> runs.Run:
+        words = ("submit", str(recipe(folder, name)), "--cluster", str(folder / "profile.yaml"))
+        said = fleetune(devcluster, *words, sources=sources)
         assert ", sent" in said
         return runs.Run(folder / name)
 
@@ -94,15 +96,22 @@ def same_in_the_end(run: runs.Run, expected: runs.Run) -> None:
     assert verify.same(expected.path, run.path) == {"losses": "equal", "data order": "equal", "parameters": "equal"}
 
 
-def test_a_run_on_the_cluster_is_the_run_on_this_machine(
+def test_a_run_on_the_cluster_is_the_run_on_this_machine_whatever_is_edited_after_it_was_sent(
     devcluster: DevCluster, on_this_machine: runs.Run, folder: Path, send: Any
 ) -> None:
-    run = send("whole")
+    sources = (folder / "sources" / "launcher", folder / "sources" / "kernels")
+    for source in sources:
+        shutil.copytree(ROOT / source.name, source, ignore=shutil.ignore_patterns("benchmarks", "__pycache__"))
+    run = send("whole", sources)
+    for file in (folder / "sources").rglob("*.py"):
+        file.write_text("raise SystemExit('edited after it was sent')\n", encoding="utf-8")
+    code = runs.read_json(run.path / "job.json")["code"]
     again = fleetune(devcluster, "submit", str(folder / "whole.yaml"), "--cluster", str(folder / "profile.yaml"))
     assert "already" in again
     ended(devcluster, run, "done")
     assert [entry["event"] for entry in runs.read_jsonl(run.attempts)] == ["start", "end"]
     assert run.eval.exists()
+    assert runs.read_json(run.path / "job.json")["code"] == code
     same_in_the_end(run, on_this_machine)
     assert f"{STEPS}/{STEPS}" in fleetune(devcluster, "status", str(run.path))
     assert "done" in fleetune(devcluster, "logs", str(run.path))

@@ -207,6 +207,7 @@ def _parameters(run: runs.Run, profile: Profile, token: str, code: Path, after: 
         more["gres"] = f"gpu:{profile.gpu_type}:{gpus}" if profile.gpu_type else f"gpu:{gpus}"
     if profile.memory:
         more["mem"] = profile.memory
+    words, more = _literally(words), _literally(more)
     return {
         **{name: value for name, value in words.items() if value},
         "job_name": _name(run, token),
@@ -224,6 +225,11 @@ def _parameters(run: runs.Run, profile: Profile, token: str, code: Path, after: 
         # Runs once srun has ended, in whatever way: records it, and requeues where there is more to do.
         "teardown": [f"exec {shlex.quote(sys.executable)} -m fleetune.cluster.verdict {shlex.quote(str(run.path))} $?"],
     }
+
+
+def _literally(options: dict[str, Any]) -> dict[str, Any]:
+    """sbatch takes a backslash in an #SBATCH line for the sign that quotes the next letter, in quotes too."""
+    return {name: v.replace("\\", "\\\\") if isinstance(v, str) else v for name, v in options.items()}
 
 
 def _setup(run: runs.Run, profile: Profile, code: Path) -> list[str]:
