@@ -3,6 +3,8 @@ model, data and machine, tokenises into the cache, and prints a JSON report. Exi
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -40,12 +42,8 @@ def has_fast_bf16() -> bool:
 
 def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     """Raises RecipeError, DataError or ModelError, each naming the key."""
-    import torch
-
     from fleetune.train.data import prepare
     from fleetune.train.model import load_config, load_tokenizer
-    from fleetune.train.objectives import build_penalties
-    from fleetune.train.surgery import freeze
 
     check_machine(recipe)
     tokenizer = load_tokenizer(recipe)
@@ -65,11 +63,46 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
         raise RecipeError(
             f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its tokenizer has no padding token"
         )
+    return {
+        **prepared.report,
+        **_check_model(recipe, config),
+        "has_fast_bf16": has_fast_bf16(),
+        "dropout": [
+            name for name, value in config.to_dict().items() if "drop" in name and isinstance(value, float) and value
+        ],
+    }
 
+
+def _check_model(recipe: Recipe, config: Any) -> dict[str, Any]:
+    """The parameters of the model that the config describes, from its names and shapes alone.
+
+    Transformers' modelling takes seconds to import, so what was checked is not checked again: an attempt that goes on
+    starts that much sooner.
+    """
+    from fleetune.train.data import cache_folder
+
+    losses = [loss.model_dump(mode="json") for loss in recipe.losses]
+    described = [config.to_json_string(use_diff=False), recipe.model.model_dump(mode="json"), losses, runs.versions()]
+    key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+    known = cache_folder().parent / "models" / f"{key}.json"
+    if known.exists() and not recipe.model.trust_remote_code:
+        return runs.read_json(known)
+    found = _count_parameters(recipe, config)
+    with contextlib.suppress(OSError):
+        known.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        runs.write_json(known, found)
+    return found
+
+
+def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
+    import torch
     from transformers import AutoModelForSequenceClassification
 
+    from fleetune.train.objectives import build_penalties
+    from fleetune.train.surgery import freeze
+
     try:
-        with torch.device("meta"):  # names and shapes alone
+        with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(
                 config, trust_remote_code=recipe.model.trust_remote_code
             )
@@ -80,16 +113,9 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
         build_penalties(recipe, [name for name, p in model.named_parameters() if p.requires_grad])
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    parameters = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
-        **prepared.report,
-        "parameters": parameters,
-        "trainable_parameters": trainable,
-        "has_fast_bf16": has_fast_bf16(),
-        "dropout": [
-            name for name, value in config.to_dict().items() if "drop" in name and isinstance(value, float) and value
-        ],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 
 
