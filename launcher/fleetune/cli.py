@@ -177,7 +177,7 @@ def submit(
     fresh: Annotated[bool, typer.Option("--fresh", help="A new run under the next free name.")] = False,
 ) -> None:
     """Send a recipe to a Slurm cluster; the same command again attaches to the job that is there."""
-    from fleetune.cluster import slurm
+    from fleetune.cluster import preflight, slurm
     from fleetune.cluster.profile import load_profile
     from fleetune.cluster.submit import script, submit, test_only
     from fleetune.schema import RecipeError
@@ -186,6 +186,8 @@ def submit(
     try:
         profile = load_profile(cluster)
         before = None if after is None else slurm.job_of(after)
+        for line in preflight.check(loaded, profile, cluster):
+            typer.echo(f"warning   {line}", err=True)
         if dry_run:
             text = script(loaded, profile, before)
             typer.echo(text)
