@@ -290,6 +290,29 @@ def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc
     _show_cleaning(report)
 
 
+@app.command()
+def doctor(
+    cluster: Annotated[
+        Path | None, typer.Option(metavar="PROFILE", help="A cluster's profile to hold against it.", show_default=False)
+    ] = None,
+) -> None:
+    """Look at this machine and its Slurm for what would go wrong. Nothing is changed."""
+    from fleetune import report
+    from fleetune.cluster.doctor import examine
+    from fleetune.cluster.profile import load_profile
+    from fleetune.schema import RecipeError
+
+    try:
+        profile = None if cluster is None else load_profile(cluster)
+    except RecipeError as error:
+        _fail(str(error))
+    rows = examine(profile, cluster)
+    _print_table(report.examined(rows), 140)
+    problems = [f"{row.what}: {row.found}" for row in rows if row.state == "problem"]
+    if problems:
+        _fail("\n".join(problems), 1)  # whole, where the table folds them
+
+
 @app.command("eval")
 def evaluate(
     run_or_model: Annotated[

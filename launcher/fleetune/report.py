@@ -12,6 +12,7 @@ from fleetune import runs
 from fleetune.schema import RecipeError
 
 if TYPE_CHECKING:
+    from fleetune.cluster.doctor_slurm import Row
     from fleetune.verify import Finding
 
 
@@ -66,6 +67,14 @@ def findings(found: list[Finding]) -> Table:
     table = Table("what was done", "found", "holds")
     for finding in found:
         table.add_row(escape(finding.what), escape(finding.found), "yes" if finding.holds else "NO")
+    return table
+
+
+def examined(rows: list[Row]) -> Table:
+    """What `fleetune doctor` found."""
+    table = Table("what", "found", "", "what to do")
+    for row in rows:
+        table.add_row(escape(row.what), escape(row.found), row.state, escape(row.todo))
     return table
 
 

@@ -50,7 +50,7 @@ def lines(found: Iterable[Fault], file: Path) -> list[str]:
 
 def faults(profile: Profile, cluster: Cluster) -> Iterator[Fault]:
     """Each key for which Slurm would refuse the job or never start it."""
-    names = _partitions_of(profile, cluster)
+    names = partitions_of(profile, cluster)
     unknown = [name for name in names if name not in cluster.partitions]
     if unknown:
         there = f"there is no partition {unknown[0]}; {_legal(unknown[0], cluster.partitions)}"
@@ -72,7 +72,7 @@ def faults(profile: Profile, cluster: Cluster) -> Iterator[Fault]:
 
 def warnings(profile: Profile, cluster: Cluster) -> Iterator[Fault]:
     """What Slurm lets pass and should be looked at."""
-    names = _partitions_of(profile, cluster)
+    names = partitions_of(profile, cluster)
     for what, (key, value, message) in _not_associated(profile, cluster, names):
         if not cluster.enforces(what):
             yield key, value, f"{message}; this cluster takes the job nevertheless"
@@ -99,7 +99,7 @@ def _where(names: list[str]) -> str:
     return f"partition {' or '.join(names)}"
 
 
-def _partitions_of(profile: Profile, cluster: Cluster) -> list[str]:
+def partitions_of(profile: Profile, cluster: Cluster) -> list[str]:
     asked = profile.partition or os.environ.get("SBATCH_PARTITION")
     if asked is not None:
         return [name.strip() for name in asked.split(",") if name.strip()]
@@ -132,7 +132,7 @@ def _not_associated(profile: Profile, cluster: Cluster, names: list[str]) -> Ite
 
 def _beyond_partition(profile: Profile, cluster: Cluster) -> Iterator[Fault]:
     """Beyond what partitions allow a job. Of several Slurm takes the one that fits."""
-    names = [name for name in _partitions_of(profile, cluster) if name in cluster.partitions]
+    names = [name for name in partitions_of(profile, cluster) if name in cluster.partitions]
     longest = max((cluster.partitions[name].most_minutes for name in names), default=float("inf"))
     if minutes_of(profile.time) > longest:
         right = "a run that is not done by then goes on in the next job"
@@ -213,8 +213,9 @@ def _features(profile: Profile) -> list[str]:
 
 
 def spoken(minutes: float) -> str:
+    """1d12h; "" where there is no limit."""
     if minutes == float("inf"):
-        return "any time"
+        return ""
     parts = (int(minutes // 1440), "d"), (int(minutes % 1440 // 60), "h"), (int(minutes % 60), "m")
     return "".join(f"{number}{unit}" for number, unit in parts if number) or "0m"
 
@@ -244,15 +245,19 @@ def _not_cached(recipe: Recipe, profile: Profile) -> Iterator[str]:
     """A line for each name of the hub that nodes without internet will not find."""
     if profile.internet:
         return
-    environment = {**os.environ, **profile.environment}
-    home = environment.get("HF_HOME") or Path(environment.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    cache = Path(environment.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    cache = hub_cache({**os.environ, **profile.environment})
     named = [("model.model_name_or_path", "models", recipe.model.model_name_or_path)]
     named += [(f"data.{split}.path", "datasets", path) for split, path in _data(recipe)]
     for key, kind, name in named:
         is_hub = not Path(name).is_absolute() and "://" not in name
         if is_hub and not (cache / f"{kind}--{name.replace('/', '--')}").exists():
             yield f"{key} = {shown(name)}: is not in {cache}, and the profile says that nodes have no internet"
+
+
+def hub_cache(environment: dict[str, str]) -> Path:
+    """Where Hugging Face keeps what was taken from its hub."""
+    home = environment.get("HF_HOME") or Path(environment.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(environment.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
 
 def _data(recipe: Recipe) -> list[tuple[str, str]]:
