@@ -16,9 +16,12 @@ from pathlib import Path
 
 import pytest
 from devcluster import DevCluster
+from typer.testing import CliRunner
 
+from fleetune.cli import app
 from fleetune.cluster import doctor, site
 from fleetune.cluster.doctor_slurm import Row, slurm_rows
+from fleetune.cluster.doctor_slurm import _grace as grace
 from fleetune.cluster.doctor_slurm import _of_cluster as of_cluster
 from fleetune.cluster.doctor_slurm import _of_partition as of_partition
 from fleetune.cluster.file_systems import is_network
@@ -67,11 +70,17 @@ def test_a_machine_without_slurm_or_gpus_and_off_line_is_well(tmp_path: Path) ->
     assert "5ec3e7" not in done.stdout + done.stderr
 
 
-def test_a_profile_without_its_cluster_is_a_problem_and_exit_code_1(tmp_path: Path) -> None:
+def test_a_profile_without_its_cluster_is_a_problem_and_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "p.yaml").write_text("time: 4h\n")
-    done = fleetune(tmp_path, "--cluster", "p.yaml", PATH="/nowhere", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
-    assert done.returncode == 1
+    monkeypatch.setattr(doctor, "PROGRAM_SECONDS", 0.1)  # who is slow is not waited for
+    for name, value in {"PATH": "/nowhere", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}.items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(app, ["doctor", "--cluster", str(tmp_path / "p.yaml")])
+    assert done.exit_code == 1
     assert "none here | problem | use a login node" in lines(done.stdout)["Slurm"]
+    assert lines(done.stdout)["torch"].startswith("is not imported in 0 s | warning")
     assert done.stderr.strip() == "error: Slurm: none here"
 
 
@@ -220,6 +229,18 @@ def test_a_profile_is_held_against_it(cluster: DevCluster, tmp_path: Path) -> No
     fits = list(slurm_rows(Profile(partition="hi", time="4h"), file))
     assert row(fits, "profile").found == f"{file} fits the cluster"
     assert "grace" not in {one.what for one in fits}
+
+
+def test_where_qos_decide_the_grace_is_theirs(cluster: DevCluster) -> None:
+    by_qos = replace(site.ask(associations=False), config={"PreemptType": "preempt/qos", "PreemptMode": "REQUEUE"})
+    profile = Profile(time="4h", qos="normal")
+    assert list(grace(profile, by_qos.partitions["main"], by_qos)) == []  # nobody may preempt it
+    cluster.slurm("sacctmgr", "--immediate", "add", "qos", "urgent", "preempt=normal")
+    try:
+        (found,) = grace(profile, by_qos.partitions["main"], by_qos)
+    finally:
+        cluster.slurm("sacctmgr", "--immediate", "delete", "qos", "urgent")
+    assert found.found == "a job of qos normal that is preempted gets 0 s to save; stop_seconds = 120"
 
 
 def test_variables_that_override_the_profile_are_named(cluster: DevCluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def _devices(torch: dict[str, Any], driver: list[str]) -> list[Row]:
     seen = f"nvidia-smi: {len(driver)} x {driver[0]}" if driver else "none that nvidia-smi shows"
     if "failed" in torch:
         slow = "slow" in torch
-        todo = "see whether its folder is on a busy network file system" if slow else "install torch anew"
+        todo = "this machine is busy, or the file system that it stands on" if slow else "install torch anew"
         return [Row("torch", torch["failed"], "warning" if slow else "problem", todo), Row("GPUs", seen)]
     row = Row("torch", f"{torch['version']}, built for {torch['built_for']}")
     if driver and not torch["gpus"] and os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() not in ("", "-1"):

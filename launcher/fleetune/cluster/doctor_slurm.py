@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import grp
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -185,7 +184,7 @@ def _of_profile(profile: Profile, file: Path, cluster: Cluster) -> Iterator[Row]
 def _grace(profile: Profile, partition: Partition, cluster: Cluster) -> Iterator[Row]:
     """A grace that is shorter than a save loses what came after the last checkpoint."""
     if cluster.config.get("PreemptType") == "preempt/qos":
-        mode, seconds = _of_qos(profile)
+        mode, seconds = _of_qos(profile, cluster)
         whose = f"qos {profile.qos or 'normal'}"
     else:
         mode, seconds = _preempted(partition, cluster)
@@ -205,11 +204,17 @@ def _grace(profile: Profile, partition: Partition, cluster: Cluster) -> Iterator
         yield Row("grace", "preempted jobs are cancelled, not requeued", "warning", todo)
 
 
-def _of_qos(profile: Profile) -> tuple[str, float]:
-    words = ("sacctmgr", "--noheader", "--parsable2", "show", "qos", profile.qos or "normal")
+def _of_qos(profile: Profile, cluster: Cluster) -> tuple[str, float]:
+    """As `_preempted`, where it is a job's qos that decides: OFF unless another qos may preempt it."""
+    words = ("sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=name,preempt,preemptmode,gracetime")
     try:
-        rows = slurm.command(*words, "format=preemptmode,gracetime", seconds=ANSWER_SECONDS).splitlines()
-        mode, grace = rows[0].split("|")
-    except (slurm.SlurmFailed, IndexError, ValueError):
+        rows = [row.split("|") for row in slurm.command(*words, seconds=ANSWER_SECONDS).splitlines()]
+    except slurm.SlurmFailed:
         return "OFF", 0.0
-    return re.sub("cluster", "REQUEUE", mode).upper(), slurm.seconds_of(grace) or 0.0
+    own = profile.qos or "normal"
+    is_prey = any(own in prey.split(",") for _, prey, _, _ in rows)
+    for name, _, mode, grace in rows:
+        if name == own and is_prey:
+            usual = cluster.config.get("PreemptMode", "OFF")
+            return usual if mode == "cluster" else mode.upper(), slurm.seconds_of(grace) or 0.0
+    return "OFF", 0.0
