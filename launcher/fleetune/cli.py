@@ -188,7 +188,7 @@ def submit(
     fresh: Annotated[bool, typer.Option("--fresh", help="A new run under the next free name.")] = False,
 ) -> None:
     """Send a recipe to a Slurm cluster; the same command again attaches to the job that is there."""
-    from fleetune.cluster import slurm
+    from fleetune.cluster import preflight, slurm
     from fleetune.cluster.profile import load_profile
     from fleetune.cluster.submit import script, submit, test_only
     from fleetune.schema import RecipeError
@@ -197,6 +197,8 @@ def submit(
     try:
         profile = load_profile(cluster)
         before = None if after is None else slurm.job_of(after)
+        for line in preflight.check(loaded, profile, cluster):
+            typer.echo(f"warning   {line}", err=True)
         if dry_run:
             text = script(loaded, profile, before)
             typer.echo(text)
@@ -354,6 +356,29 @@ def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc
             f"{report['truncated'][split]} cut at {loaded.data.max_length}" + (f"; {labels}" if labels else "")
         )
     _show_cleaning(report)
+
+
+@app.command()
+def doctor(
+    cluster: Annotated[
+        Path | None, typer.Option(metavar="PROFILE", help="A cluster's profile to hold against it.", show_default=False)
+    ] = None,
+) -> None:
+    """Look at this machine and its Slurm for what would go wrong. Nothing is changed."""
+    from fleetune import report
+    from fleetune.cluster.doctor import examine
+    from fleetune.cluster.profile import load_profile
+    from fleetune.schema import RecipeError
+
+    try:
+        profile = None if cluster is None else load_profile(cluster)
+    except RecipeError as error:
+        _fail(str(error))
+    rows = examine(profile, cluster)
+    _print_table(report.examined(rows), 140)
+    problems = [f"{row.what}: {row.found}" for row in rows if row.state == "problem"]
+    if problems:
+        _fail("\n".join(problems), 1)  # whole, where the table folds them
 
 
 @app.command("eval")

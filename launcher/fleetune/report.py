@@ -18,6 +18,7 @@ from fleetune.ledger import ledger_of
 from fleetune.schema import RecipeError
 
 if TYPE_CHECKING:
+    from fleetune.cluster.doctor_slurm import Row
     from fleetune.cluster.slurm import Job
     from fleetune.verify import Finding
 
@@ -73,6 +74,14 @@ def findings(found: list[Finding]) -> Table:
     table = Table("what was done", "found", "holds")
     for finding in found:
         table.add_row(escape(finding.what), escape(finding.found), "yes" if finding.holds else "NO")
+    return table
+
+
+def examined(rows: list[Row]) -> Table:
+    """What `fleetune doctor` found."""
+    table = Table("what", "found", "", "what to do")
+    for row in rows:
+        table.add_row(escape(row.what), escape(row.found), row.state, escape(row.todo))
     return table
 
 

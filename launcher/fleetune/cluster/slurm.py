@@ -85,12 +85,12 @@ def require() -> None:
         )
 
 
-def command(*words: str) -> str:
-    """Raises SlurmFailed."""
+def command(*words: str, typed: str | None = None, seconds: float = SECONDS) -> str:
+    """What a command says; `typed` goes to its standard input. Raises SlurmFailed."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(words, input=typed, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        raise SlurmFailed(f"{words[0]}: no answer in {SECONDS:.0f} s") from None
+        raise SlurmFailed(f"{words[0]}: no answer in {seconds:.0f} s") from None
     except OSError as error:
         raise SlurmFailed(f"{words[0]}: {error.strerror}") from None
     if done.returncode:
@@ -147,7 +147,11 @@ def past(id_: str) -> list[Past]:
 
 def seconds_left(id_: str) -> float | None:
     """Until the job's time limit; None where it has none."""
-    text = command("squeue", "--noheader", f"--jobs={id_}", "--format=%L").strip()
+    return seconds_of(command("squeue", "--noheader", f"--jobs={id_}", "--format=%L").strip())
+
+
+def seconds_of(text: str) -> float | None:
+    """Of Slurm's D-HH:MM:SS, HH:MM:SS or MM:SS; None of UNLIMITED and the like."""
     days, _, clock = text.rpartition("-")
     if not re.fullmatch(r"[\d:]+", clock):  # UNLIMITED, NOT_SET
         return None

@@ -55,6 +55,7 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | N
         raise RecipeError(f"output_dir = {recipe.output_dir!r}: has a line break or another control character")
     if not fresh and (found := attached(base) or _finished(recipe, base)) is not None:
         return found
+    makes = fresh or not base.path.exists()
     run = runs.open_run(as_it_began(recipe, base) if not fresh else recipe, layout.stored(), fresh)
     _forget_cancelling(run)
     code, copy = snapshot.take(run.path / "code")
@@ -73,9 +74,17 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | N
         sent = executor.submit(supervise, str(run.path))
     except Exception as error:  # submitit's own kinds: sbatch's words stand in the message
         (run.path / "job.json").unlink()
+        if makes:
+            _take_away(run)
         raise RecipeError(f"the run was not sent; {_said(error)}") from None
     runs.write_json(run.path / "job.json", job | {"id": sent.job_id})
     return Sent(run, sent.job_id, "PENDING", is_new=True)
+
+
+def _take_away(run: runs.Run) -> None:
+    """What a sending that was refused has made, unless something else stands there by now."""
+    if {path.name for path in run.path.iterdir()} <= {"run.json", "recipe.yaml", "code", "submitit"}:
+        shutil.rmtree(run.path)
 
 
 def _finished(recipe: Recipe, run: runs.Run) -> Sent | None:
