@@ -41,7 +41,7 @@ MTBF_HOURS = (1.0, 4.0, 8.0)
 TRACES, FAILURES = 5, 400  # so many traces of so many failures each
 FIRST_SAVE = 1.5  # the first save of an attempt allocates what later ones find: so much longer
 SAVES, STEPS = 0.2, 0.05  # each save, and the steps between two, are at random up to so much longer or shorter
-# What Meta's paper reckons with its formula at 4 hours: save and restart in seconds, and the share of time that counts.
+# What the published formula gives at 4 hours: save and restart in seconds, and the share of time that counts.
 PUBLISHED = ((60.0, 300.0, 0.893), (20.0, 180.0, 0.936), (2.0, 90.0, 0.977))
 LONG_RESTARTS = (600.0, 1200.0, 1800.0, 3600.0)  # at 1 hour and a save of 60 s, where the first order breaks down
 OTHERS = ("half", "double", "10 min", "1 h")
