@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 import yaml
@@ -176,6 +176,7 @@ def of_another_type() -> Iterator[Fault]:
                 float: ("fast", "should be a number"),
                 list: ("word", "should be a list"),
                 dict: ([1], "should be a map of keys"),
+                Union: ("three", "should be a whole number above 0, or auto"),
             }[key.type]
         yield Fault("wrong type", key.path, changed(key.base, key.path, wrong), said=f"{key.path} = {wrong!r}: {right}")
 
@@ -294,6 +295,14 @@ def combinations() -> Iterator[Fault]:
             ("deepspeed.offload_param", {"deepspeed.offload_param": "cpu", "deepspeed.zero_stage": stage}, "needs")
             for stage in (0, 1, 2)
         ),
+        *(
+            (
+                "checkpoint.mtbf_hours",
+                {"checkpoint": {"mtbf_hours": 30.0} | given},
+                "is for checkpoint.save_steps: auto",
+            )
+            for given in ({}, {"save_steps": 100})
+        ),
         ("data.augmentation", {"data.text_pair_column": "other"}, "is for one text, not for a pair"),
         ("data.label_column", {"data.label_column": "text"}, "the columns should differ"),
         ("data.label_column", {"data.weight_column": "label"}, "the columns should differ"),
@@ -306,6 +315,12 @@ def combinations() -> Iterator[Fault]:
         for path, value in given.items():
             values = changed(values, path, value)
         yield Fault("combination", key, values, said=said)
+
+
+def save_steps() -> Iterator[Fault]:
+    for wrong in ("sometimes", "atuo", "100", 2.5, True, -3, [100]):
+        values = CLASSIFICATION | {"checkpoint": {"save_steps": wrong}}
+        yield Fault("save steps", "checkpoint.save_steps", values, said="should be a whole number above 0, or auto")
 
 
 def paths() -> Iterator[Fault]:
@@ -408,7 +423,7 @@ def batches() -> Iterator[Fault]:
 
 
 GENERATED = [*misspelt(), *of_another_type(), *out_of_range(), *illegal(), *missing()]
-WRITTEN = [*misplaced(), *losses(), *combinations(), *paths(), *overrides(), *yaml_text(), *batches()]
+WRITTEN = [*misplaced(), *losses(), *combinations(), *save_steps(), *paths(), *overrides(), *yaml_text(), *batches()]
 FAULTS = [*GENERATED, *WRITTEN]
 
 

@@ -184,6 +184,7 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(
         {"training__num_train_epochs": 9.5},
         {"tracking__wandb": {"project": "p", "tags": ["a"]}},
         *({f"checkpoint__{key}": 99} for key in ("save_steps", "save_total_limit")),
+        {"checkpoint__save_steps": "auto", "checkpoint__mtbf_hours": 30.0},
         {"deepspeed__offload_optimizer": "cpu"},
         {"losses": [*VALUES["losses"]], "model__config": {}},
     ],

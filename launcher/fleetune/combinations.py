@@ -89,6 +89,8 @@ def _training_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         yield "training.fp16", True, "needs deepspeed.zero_stage 1, 2 or 3"
     elif training.fp16 and any(loss.kind.endswith("_penalty") for loss in recipe.losses):
         yield "training.fp16", True, "penalties need bf16 or fp32: fp16 scales its gradients"
+    if recipe.checkpoint.mtbf_hours is not None and recipe.checkpoint.save_steps != "auto":
+        yield "checkpoint.mtbf_hours", recipe.checkpoint.mtbf_hours, "is for checkpoint.save_steps: auto; leave it out"
     if training.warmup_steps and training.warmup_ratio:
         yield "training.warmup_steps", training.warmup_steps, "training.warmup_ratio says it already; leave one out"
     if training.global_batch_size and training.gradient_accumulation_steps:

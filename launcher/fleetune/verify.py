@@ -61,7 +61,7 @@ def short_form(recipe: Recipe, name: str, folder: Path, steps: int, save_steps: 
             "name": name,
             "output_dir": str(folder),
             "training": recipe.training.model_copy(update={"max_steps": steps, "logging_steps": 1}),
-            "checkpoint": recipe.checkpoint.model_copy(update={"save_steps": save_steps}),
+            "checkpoint": recipe.checkpoint.model_copy(update={"save_steps": save_steps, "mtbf_hours": None}),
             "tracking": recipe.tracking.model_copy(update={"wandb": None}),
             "data": recipe.data.model_copy(update={"validation": validation, "test": None}),
         }

@@ -134,23 +134,29 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(
 
 
 def test_a_run_that_goes_on_has_the_losses_of_one_never_stopped(workspace: Path) -> None:
-    """Bit for bit, dropout included: 5 steps, then on to 11, against 11 at once."""
+    """Bit for bit, dropout included: 8 steps, then on to 11, against 11 at once, which saves where it evaluates.
+
+    The halves save by what they measure; with failures so frequent that is at every step, once a save was timed: the
+    one of the first evaluation, after step 6. The second half knows its time from the first.
+    """
     options = {"training": {"max_steps": 11, "lr_scheduler_type": "constant"}, "deepspeed": {"zero_stage": 1}}
-    halves = write_recipe(workspace, "halves", **options)
-    assert fleetune("run", halves, "training.max_steps=5", "--nproc-per-node", 2).returncode == 0
+    halves = write_recipe(workspace, "halves", **options, checkpoint={"save_steps": "auto", "mtbf_hours": 1e-6})
+    first = fleetune("run", halves, "training.max_steps=8", "--nproc-per-node", 2)
+    assert first.returncode == 0, first.stderr
     resumed = fleetune("run", halves, "--nproc-per-node", 2)
     assert resumed.returncode == 0, resumed.stderr
-    assert "resuming after step 5" in resumed.stdout
+    assert "resuming after step 8" in resumed.stdout
     assert fleetune("run", write_recipe(workspace, "whole-11", **options), "--nproc-per-node", 2).returncode == 0
-    exact = [
-        [
-            (line["step"], line["train/loss"], line["train/grad_norm"])
-            for line in read_metrics(workspace / "runs" / name / "metrics.jsonl")
-        ]
-        for name in ("halves", "whole-11")
-    ]
+    logged = [read_metrics(workspace / "runs" / name / "metrics.jsonl") for name in ("halves", "whole-11")]
+    exact = [[(line["step"], line["train/loss"], line["train/grad_norm"]) for line in lines] for lines in logged]
     assert exact[0] == exact[1]
     assert len(exact[0]) == 11
+    saved = [[line["step"] for line in lines if "checkpoint/seconds" in line] for lines in logged]
+    assert saved[0] == [6, 7, 8, 9, 10, 11]
+    assert 7 not in saved[1]
+    for half in (first, resumed):
+        assert half.stdout.count("saving every step (") == 1
+        assert "mean time between failures 0.0036 s" in half.stdout
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_rows(workspace: Path) -> None:

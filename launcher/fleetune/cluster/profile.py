@@ -173,6 +173,9 @@ class Profile(Section):
     """4h, 90m, 2-00:00:00: what one attempt may take. The run goes on in the next one."""
     stop_seconds: Annotated[int, Field(ge=30, le=3600)] = 120
     """How long before its end Slurm says so, for the run to save."""
+    failures_per_node_day: Annotated[float, Field(gt=0.0)] | None = None
+    """What this cluster's nodes are known for, e.g. 0.0065, which is 6.5 in 1,000 days of a node: recipes with
+    checkpoint.save_steps: auto save as often as that asks for."""
     setup: list[Literal_] = []
     """Lines of shell before the ranks start: module load cuda. The one field that is shell."""
     container: Container | None = None

@@ -27,7 +27,7 @@ from fleetune.cluster import slurm, snapshot
 from fleetune.cluster.local import Layout
 from fleetune.cluster.profile import CONTROL, Profile, minutes_of
 from fleetune.cluster.supervisor import supervise
-from fleetune.schema import Recipe, RecipeError, cut_batch
+from fleetune.schema import Recipe, RecipeError, cut_batch, hours_between_failures
 
 SENDING_SECONDS = 60.0  # after which an sbatch that was begun on another machine has come to its end
 
@@ -56,6 +56,7 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | N
     if not fresh and (found := attached(base) or _finished(recipe, base)) is not None:
         return found
     makes = fresh or not base.path.exists()
+    recipe = with_failures(recipe, profile)
     run = runs.open_run(as_it_began(recipe, base) if not fresh else recipe, layout.stored(), fresh)
     _forget_cancelling(run)
     code, copy = snapshot.take(run.path / "code")
@@ -149,6 +150,15 @@ def as_it_began(recipe: Recipe, run: runs.Run) -> Recipe:
     if (run.path / "run.json").exists() and run.info().get("fp32_for_bf16"):
         return recipe.model_copy(update={"training": recipe.training.model_copy(update={"bf16": False})})
     return recipe
+
+
+def with_failures(recipe: Recipe, profile: Profile) -> Recipe:
+    """With the mean time between failures that follows from the profile, where save_steps: auto is given none."""
+    settings, rate = recipe.checkpoint, profile.failures_per_node_day
+    if settings.save_steps != "auto" or settings.mtbf_hours is not None or rate is None:
+        return recipe
+    filled = settings.model_copy(update={"mtbf_hours": hours_between_failures(profile.nodes, rate)})
+    return recipe.model_copy(update={"checkpoint": filled})
 
 
 def _by_name(name: str, queue: dict[str, slurm.Job]) -> str | None:

@@ -60,6 +60,15 @@ def any_rank(flags: list[bool], world: World) -> list[bool]:
     return [bool(flag) for flag in raised.tolist()]
 
 
+def max_over_ranks(values: list[float], world: World) -> list[float]:
+    """Each figure as it is on the rank where it is largest: alike on all of them."""
+    if world.world_size == 1:
+        return values
+    largest = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return [float(value) for value in largest.tolist()]
+
+
 def gather_objects(value: Any, world: World) -> list[Any]:
     """Every rank's value on every rank, in rank order."""
     if world.world_size == 1:

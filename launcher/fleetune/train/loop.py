@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ import numpy as np
 import torch
 
 from fleetune import runs
-from fleetune.schema import Batch, Recipe, cut_batch, total_steps
-from fleetune.train import checkpoint, distributed, engine, manifest, model_folder, signals, zero
+from fleetune.schema import Batch, Recipe, cut_batch, hours_between_failures, total_steps
+from fleetune.train import cadence, checkpoint, distributed, engine, manifest, model_folder, signals, zero
 from fleetune.train.batches import Augmenter, MicroBatch, collate, compose_epoch, cut_window
 from fleetune.train.data import Prepared, prepare
 from fleetune.train.distributed import World
@@ -50,6 +52,7 @@ class Setup:
     engine: Any
     parameters: int
     trainable_parameters: int
+    mtbf_hours: float
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The engine's forward pass to logits (B, C): with dropout where gradients are wanted."""
@@ -83,7 +86,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
     restoring = time.perf_counter() - start
     saver = checkpoint.Saver(setup.engine, run, world, recipe.checkpoint, progress.step)
     note = start_notes(run, recipe, total, progress, logs, restoring) if world.is_main else Notes()
-    meter = Meter(progress, setup.parameters, world)
+    meter, step_times = Meter(progress, setup.parameters, world), deque[float](maxlen=100)
     batches, composed = list[Ints](), -1
 
     while True:
@@ -91,7 +94,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
         signals.beat("step")
         stop, writing = distributed.any_rank([signals.stop_requested(), saver.is_writing], world)
         if saver.is_open and not writing:
-            note.saved(saver.finish(), progress.step)
+            _finish_save(setup, saver, progress, step_times, note)
             signals.beat("step")
         if stop:
             break
@@ -109,13 +112,12 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
 
         # Save with each evaluation that is the best, every save_steps or evaluation, and at the end.
         last = last or progress.stops_early(recipe)
-        save_steps = recipe.checkpoint.save_steps or recipe.evaluation.eval_steps
         is_best = progress.best_step == progress.step
-        if saver.started_step < progress.step and (is_best or _due(progress.step, save_steps, ends_epoch, last)):
-            note.saved(saver.finish(), progress.step)
+        if saver.started_step < progress.step and (is_best or last or _saves(setup, saver, progress, ends_epoch)):
+            _finish_save(setup, saver, progress, step_times, note)
             saver.start(progress.step, asdict(progress), progress.best_step, note.unwritten())
             if last or not recipe.checkpoint.in_background:
-                note.saved(saver.finish(must=last), progress.step)
+                _finish_save(setup, saver, progress, step_times, note, must=last)
             signals.beat("step")
         if last:
             break
@@ -146,7 +148,8 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
             with contextlib.suppress(checkpoint.SaveFailed):  # the last checkpoint may still be on its way to the disk
                 note.saved(saver.finish(), progress.step)
             raise
-        progress.count(rows, examples, tokens, time.perf_counter() - start)
+        step_times.append(time.perf_counter() - start)
+        progress.count(rows, examples, tokens, step_times[-1])
         note.passed(progress.step)
         epoch = progress.epoch + progress.position / len(batches)
         if progress.position == len(batches):
@@ -204,6 +207,7 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
         started,
         sum(sizes.values()),
         sum(trainable.values()),
+        recipe.checkpoint.mtbf_hours or hours_between_failures(run.info()["layout"]["nodes"]),
     )
 
 
@@ -224,6 +228,7 @@ def _resume(setup: Setup) -> Progress:
             f"{setup.parameters / 1e6:.1f}M parameters, {setup.trainable_parameters / 1e6:.1f}M trainable; "
             f"ZeRO-{setup.recipe.deepspeed.zero_stage}, {precision}, {setup.world.device.type}"
         )
+        _say_cadence(setup, progress)
     return progress
 
 
@@ -345,6 +350,42 @@ def augmenter(setup: Setup, epoch: int) -> Augmenter | None:
         recipe.training.seed,
         epoch,
     )
+
+
+def _saves(setup: Setup, saver: checkpoint.Saver, progress: Progress, ends_epoch: bool) -> bool:
+    """Whether a save is due by save_steps; alike on every rank."""
+    save_steps = setup.recipe.checkpoint.save_steps
+    if save_steps == "auto":  # one that is still being written is not waited for: that would stop training
+        every = cadence.steps_between_saves(progress.save_seconds, progress.step_seconds, setup.mtbf_hours)
+        return not saver.is_open and progress.step - saver.started_step >= every
+    return _due(progress.step, save_steps or setup.recipe.evaluation.eval_steps, ends_epoch, last=False)
+
+
+def _finish_save(
+    setup: Setup, saver: checkpoint.Saver, progress: Progress, step_times: deque[float], note: Notes, must: bool = False
+) -> None:
+    """Makes the open save, if there is one, a checkpoint, and takes down what it cost for `save_steps: auto`.
+
+    A collective. Raises SaveFailed as Saver.finish does.
+    """
+    saved = saver.finish(must)
+    note.saved(saved, progress.step)
+    if setup.recipe.checkpoint.save_steps != "auto" or saved is None or saved.problem is not None or not step_times:
+        return
+    is_first = progress.save_seconds is None
+    # The slowest rank's: the others wait for it. A step's median, so that a first one that compiles is no matter.
+    measured = [saved.blocked_seconds, statistics.median(step_times)]
+    blocked, progress.step_seconds = distributed.max_over_ranks(measured, setup.world)
+    progress.save_seconds = cadence.averaged(progress.save_seconds, blocked)
+    if is_first:
+        _say_cadence(setup, progress)
+
+
+def _say_cadence(setup: Setup, progress: Progress) -> None:
+    known = setup.recipe.checkpoint.save_steps == "auto" and setup.world.is_main
+    if known and progress.save_seconds is not None and progress.step_seconds is not None:
+        is_given = setup.recipe.checkpoint.mtbf_hours is not None
+        say(cadence.sentence(progress.save_seconds, progress.step_seconds, setup.mtbf_hours, is_given))
 
 
 def _due(step: int, every: int | None, ends_epoch: bool, last: bool) -> bool:

@@ -29,6 +29,9 @@ class Progress:
     best_metrics: dict[str, float] = field(default_factory=dict)
     last_metrics: dict[str, float] = field(default_factory=dict)
     evaluations_without_better: int = 0
+    # As all ranks agreed on at the last save, for `save_steps: auto`; None where nothing was measured yet.
+    save_seconds: float | None = None  # training stood still
+    step_seconds: float | None = None
 
     def count(self, rows: npt.NDArray[np.int64], examples: int, tokens: int, seconds: float) -> None:
         """Takes one optimizer step over these rows of the training data into account."""
