@@ -371,6 +371,16 @@ def total_steps(training: Training, rows: int, batch: Batch) -> int:
     return training.max_steps or max(1, round(training.num_train_epochs * per_epoch))
 
 
+def batch_warning(rows: int, batch: Batch) -> str | None:
+    """Where the training data does not fill one global batch."""
+    if batch.global_batch_size <= rows:
+        return None
+    return (
+        f"the global batch of {batch.global_batch_size} examples is larger than train, so that each step is a whole "
+        f"epoch of {rows}; training.global_batch_size sets it"
+    )
+
+
 def json_schema() -> dict[str, Any]:
     """Of a recipe file: where it `extends` another, what the other may give is not required."""
     schema = Recipe.model_json_schema()
