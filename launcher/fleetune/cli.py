@@ -20,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help: laying it out takes longer than all the rest of the start
     pretty_exceptions_enable=False,
-    help="Fine-tune and distil Transformers models from one YAML recipe, on a laptop or a cluster.",
+    help="Fine-tune Transformers models from one YAML recipe, on a laptop or a cluster.",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
