@@ -13,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetune.recipe import dump_recipe, load_recipe, parse_recipe
-from fleetune.schema import CrossEntropy, L2Penalty, Recipe, RecipeError, json_schema, losses_of
+from fleetune.schema import (
+    CrossEntropy,
+    L2Penalty,
+    Recipe,
+    RecipeError,
+    Training,
+    cut_batch,
+    json_schema,
+    losses_of,
+    steps_per_epoch,
+    total_steps,
+)
 from fleetune.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -403,6 +414,21 @@ def test_elsewhere_a_variable_is_text(folder: Path, monkeypatch: pytest.MonkeyPa
     assert (recipe.data.text_column, recipe.tracking.wandb.project) == ("${COLUMN}", "${COLUMN}")
     said = refusal(write(folder), "name=run-${COLUMN}")
     assert said.startswith("command line: name = 'run-${COLUMN}': letters, digits")
+
+
+# ---------------------------------------------------------------- steps
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "max_steps", "in_one", "in_all"),
+    [(64, 2.0, None, 4, 8), (65, 2.0, None, 5, 10), (3, 2.0, None, 1, 2), (64, 0.1, None, 4, 1), (64, 2.0, 7, 4, 7)],
+)
+def test_steps_of_an_epoch_and_of_the_run(
+    rows: int, epochs: float, max_steps: int | None, in_one: int, in_all: int
+) -> None:
+    training = Training(num_train_epochs=epochs, max_steps=max_steps, per_device_train_batch_size=8)
+    batch = cut_batch(training, 2)
+    assert (steps_per_epoch(rows, batch), total_steps(training, rows, batch)) == (in_one, in_all)
 
 
 # ---------------------------------------------------------------- back to text

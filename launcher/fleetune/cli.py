@@ -341,7 +341,7 @@ def logs(
 def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc = None, nodes: Nodes = 1) -> None:
     """Validate a recipe, show what it comes to, open its data. Nothing is started."""
     from fleetune.recipe import dump_recipe
-    from fleetune.schema import cut_batch, total_steps
+    from fleetune.schema import cut_batch, steps_per_epoch, total_steps
 
     loaded = _load(recipe, overrides)
     layout = _plan(nodes, nproc_per_node)
@@ -351,7 +351,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc
     typer.echo(f"batch     {batch}")
     rows = report["rows"]["train"]
     steps = total_steps(loaded.training, rows, batch)
-    typer.echo(f"steps     {steps}, {steps * batch.global_batch_size / rows:.2f} epoch(s) of {rows} rows")
+    typer.echo(f"steps     {steps}, {steps / steps_per_epoch(rows, batch):.2f} epoch(s) of {rows} rows")
     typer.echo(
         f"model     {report['parameters'] / 1e6:.1f}M parameters, {report['trainable_parameters'] / 1e6:.1f}M trainable"
     )

@@ -365,10 +365,14 @@ def cut_batch(training: Training, world_size: int) -> Batch:
     return Batch(training.global_batch_size, world_size, accumulation, micro)
 
 
+def steps_per_epoch(rows: int, batch: Batch) -> int:
+    """The last batch of an epoch may be short."""
+    return -(-rows // batch.global_batch_size)
+
+
 def total_steps(training: Training, rows: int, batch: Batch) -> int:
-    """Optimizer steps of the whole run; the last batch of an epoch may be short."""
-    per_epoch = -(-rows // batch.global_batch_size)
-    return training.max_steps or max(1, round(training.num_train_epochs * per_epoch))
+    """Optimizer steps of the whole run."""
+    return training.max_steps or max(1, round(training.num_train_epochs * steps_per_epoch(rows, batch)))
 
 
 def batch_warning(rows: int, batch: Batch) -> str | None:
