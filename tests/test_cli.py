@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fleetune.cli import app
+from fleetune.cli import _show_data, app
+from fleetune.cluster.local import Layout
 from fleetune.recipe import load_recipe
 from fleetune.runs import open_run
 from fleetune.schema import Recipe
@@ -132,6 +133,38 @@ def test_a_wrong_command_ends_with_2(arguments: list[str]) -> None:
     assert done.exit_code == 2
     assert "Usage: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "check", "verify"])
+def test_a_profile_in_a_recipes_place_is_told_in_a_line(command: str) -> None:
+    done = CliRunner().invoke(app, [command, str(ROOT / "slurm" / "gpu8.yaml")])
+    said = f"error: {ROOT}/slurm/gpu8.yaml: is a cluster profile, not a recipe; it goes after --cluster\n"
+    assert (done.exit_code, done.stderr) == (2, said)
+
+
+def test_a_recipe_in_a_profiles_place_is_told_in_a_line() -> None:
+    recipe = str(ROOT / "recipes" / "quickstart.yaml")
+    done = CliRunner().invoke(app, ["submit", recipe, "--cluster", recipe])
+    said = f"error: {recipe}: is a recipe, not a cluster profile; it goes first, and --cluster names a profile\n"
+    assert (done.exit_code, done.stderr) == (2, said)
+
+
+@pytest.mark.parametrize(("rows", "warned"), [(64, False), (63, True), (1, True)])
+def test_a_global_batch_that_is_larger_than_the_data_is_warned_of_where_cleaning_is_shown(
+    rows: int, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", ["training.global_batch_size=64"])
+    _show_data(recipe, Layout(1, 2, 1), {"cleaning": {"strip_html": {"train": 3}}, "rows": {"train": rows}})
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "cleaning  strip_html: 3 rows of train"
+    assert (
+        shown[1:]
+        == [
+            "warning   the global batch of 64 examples is larger than train, so that each step is a whole epoch of "
+            f"{rows}; training.global_batch_size sets it"
+        ]
+        * warned
+    )
 
 
 def test_a_folder_that_is_no_run_cannot_be_compared(tmp_path: Path) -> None:

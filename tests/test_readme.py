@@ -14,7 +14,7 @@ import typer
 from wandb_server import serving, wandb_environment
 
 from fleetune.cli import app
-from fleetune.recipe import load_recipe
+from fleetune.recipe import flatten, load_recipe
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = re.findall(r"^\$ (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
@@ -35,6 +35,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_readme_shows_every_command() -> None:
     assert {arguments[0] for arguments in FLEETUNE} == {"run", "check", "verify", "eval", "compare", "sync", "schema"}
+
+
+def test_the_recipe_that_it_shows_trains_what_the_shipped_one_does(tmp_path: Path) -> None:
+    shown = tmp_path / "recipe.yaml"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown.write_text(text.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
+    ours, shipped = (
+        dict(flatten(load_recipe(file).model_dump(mode="json", exclude={"output_dir"})))
+        for file in (shown, ROOT / "recipes" / "sst2" / "minilm_hub.yaml")
+    )
+    assert {key for key in ours | shipped if ours.get(key) != shipped.get(key)} == {"name", "training.logging_steps"}
 
 
 @pytest.mark.parametrize("arguments", [a for a in FLEETUNE if not needs_hub(a)], ids=" ".join)

@@ -13,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetune.recipe import dump_recipe, load_recipe, parse_recipe
-from fleetune.schema import CrossEntropy, L2Penalty, Recipe, RecipeError, json_schema
+from fleetune.schema import (
+    CrossEntropy,
+    L2Penalty,
+    Recipe,
+    RecipeError,
+    Training,
+    cut_batch,
+    json_schema,
+    losses_of,
+    steps_per_epoch,
+    total_steps,
+)
 from fleetune.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -405,6 +416,21 @@ def test_elsewhere_a_variable_is_text(folder: Path, monkeypatch: pytest.MonkeyPa
     assert said.startswith("command line: name = 'run-${COLUMN}': letters, digits")
 
 
+# ---------------------------------------------------------------- steps
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "max_steps", "in_one", "in_all"),
+    [(64, 2.0, None, 4, 8), (65, 2.0, None, 5, 10), (3, 2.0, None, 1, 2), (64, 0.1, None, 4, 1), (64, 2.0, 7, 4, 7)],
+)
+def test_steps_of_an_epoch_and_of_the_run(
+    rows: int, epochs: float, max_steps: int | None, in_one: int, in_all: int
+) -> None:
+    training = Training(num_train_epochs=epochs, max_steps=max_steps, per_device_train_batch_size=8)
+    batch = cut_batch(training, 2)
+    assert (steps_per_epoch(rows, batch), total_steps(training, rows, batch)) == (in_one, in_all)
+
+
 # ---------------------------------------------------------------- back to text
 
 WORDS = st.text(min_size=1, max_size=12) | st.sampled_from(["1e5", "no", "null", "0o17", "1_000", "12:30", "<<"])
@@ -444,6 +470,19 @@ def test_a_recipe_survives_being_dumped_and_parsed(values: dict[str, Any]) -> No
     assert repr(again) == repr(recipe)  # 1, 1.0 and True are equal, and -0.0 is to 0.0
 
 
+def test_what_names_no_losses_is_dumped_without_them_and_loads_again(folder: Path) -> None:
+    recipe = load_recipe(write(folder))
+    text = dump_recipe(recipe)
+    assert "losses:" not in text
+    assert [loss.kind for loss in losses_of(recipe)] == ["cross_entropy"]
+    (folder / "again.yaml").write_text(text, encoding="utf-8")
+    assert load_recipe(folder / "again.yaml") == recipe
+
+
+def test_a_stored_recipe_may_have_an_empty_list() -> None:
+    assert parse_recipe(HEAD + "losses: []\n", "recipe.yaml").losses == []
+
+
 # ---------------------------------------------------------------- the JSON Schema
 
 TYPES: dict[str, type | tuple[type, ...]] = {
@@ -481,6 +520,7 @@ def accepts(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
             if key not in properties
         ),
         "pattern": lambda pattern: not isinstance(value, str) or re.search(pattern, value) is not None,
+        "minItems": lambda limit: not isinstance(value, list) or len(value) >= limit,
         "minimum": lambda limit: not number or value >= limit,
         "maximum": lambda limit: not number or value <= limit,
         "exclusiveMinimum": lambda limit: not number or value > limit,
@@ -490,7 +530,17 @@ def accepts(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
 
 
 SCHEMA = json.loads(json.dumps(json_schema()))
+KEYS = {
+    f"{section}.{key}": properties
+    for section, schema in {"Recipe": SCHEMA, **SCHEMA["$defs"]}.items()
+    for key, properties in schema["properties"].items()
+}
 SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_says_what_it_is(key: str) -> None:
+    assert KEYS[key]["description"].endswith(".")
 
 
 def test_recipes_are_shipped() -> None:
@@ -518,6 +568,7 @@ def test_the_schema_and_the_loader_take_every_shipped_recipe(file: Path) -> None
         ("losses: [{kind: l1_penalty}]\n", False),
         ("losses: [{kind: l1_penalty, weight: 1}]\n", True),
         ("losses: [{kind: nonsense}]\n", False),
+        ("losses: []\n", False),
         ("  validation: {limit: 3}\n", False),
         ("  validation: null\n", True),
     ],

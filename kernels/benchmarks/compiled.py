@@ -69,12 +69,19 @@ def variants(architecture: str) -> Iterator[Variant]:
 
 
 def variant(
-    name: str, settings: str, kernel: Any, arguments: dict[str, str], constants: dict[str, Any], launch: Launch
+    name: str,
+    settings: str,
+    kernel: Any,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    launch: Launch,
+    *aligned_counts: str,
 ) -> Variant:
     """`arguments` are those passed at run time, by type; whatever else the kernel takes is None or a constant."""
     signature = {argument: arguments.get(argument, "constexpr") for argument in kernel.arg_names}
     fixed = {argument: constants.get(argument) for argument, kind in signature.items() if kind == "constexpr"}
     aligned = tuple(argument for argument, kind in arguments.items() if kind.startswith("*"))
+    aligned += aligned_counts
     return Variant(name, settings, kernel, signature, fixed, launch.num_warps, launch.num_stages, aligned)
 
 
@@ -149,56 +156,28 @@ def _softmaxes_variants(architecture: str) -> Iterator[Variant]:
 
 def _mmd_variants(architecture: str) -> Iterator[Variant]:
     options = {"FACTOR": 2.0, "NUM_KERNELS": 5, "UNBIASED": True}
+    figures = ("row_norms", "column_norms", "weights", "same", "scale", "kernel_sums")
+    precision = "ieee" if architecture.startswith("gfx") else "tf32x3"
     for dtype, kind in (("bf16", "half"), ("fp32", "fp32")):
-        yield _mmd_slopes(mmd.slopes_kernel, architecture, dtype, options)
+        launch = for_architecture("mmd_slopes", architecture)
+        arguments = {"slopes": f"*{dtype}"} | dict.fromkeys(("products", *figures, "row_sums"), "*fp32")
+        counts = ("row_count", "column_count", "column_split", "side", "diagonal_offset", "width")
+        arguments |= dict.fromkeys(counts, "i32")
+        constants: dict[str, Any] = options | {"BLOCK_M": launch.block[0], "BLOCK_N": launch.block[1]}
+        kernel = mmd.slopes_kernel
+        yield variant(f"mmd_slopes {dtype}", "mmd_slopes", kernel, arguments, constants, launch, "column_count")
         for block_d in (16, 64, 128, 256) if kind == "half" else (16, 64, 128):
-            settings = for_architecture(f"mmd_sweep_{kind}_{max(64, block_d)}", architecture)
-            constants = {
-                **options,
-                "WANT_SOURCE": True,
-                "WANT_TARGET": True,
-                "UPCAST": False,
-                "PRECISION": "ieee" if architecture.startswith("gfx") else "tf32x3",
-                "BLOCK_M": settings.block[0],
-                "BLOCK_N": settings.block[1],
-                "BLOCK_D": block_d,
-            }
-            pointers = {"rows": f"*{dtype}", "columns": f"*{dtype}"}
-            pointers |= dict.fromkeys(("row_norms", "column_norms", "weights", "same", "row_scales", "scale"), "*fp32")
-            pointers |= dict.fromkeys(("source_gradient", "target_gradient", "kernel_sums"), "*fp32")
+            entry = f"mmd_sweep_{kind}_{max(64, block_d)}"
+            launch = for_architecture(entry, architecture)
+            arguments = {"rows": f"*{dtype}", "columns": f"*{dtype}"}
+            gradients = ("source_gradient", "target_gradient")
+            arguments |= dict.fromkeys((*figures, "row_scales", *gradients), "*fp32")
             counts = ("source_rows", "target_rows", "column_count", "column_split", "source_offset", "target_offset")
-            yield Variant(
-                name=f"mmd_sweep {dtype} D={block_d}",
-                settings=f"mmd_sweep_{kind}_{max(64, block_d)}",
-                kernel=mmd.sweep_kernel,
-                signature=pointers
-                | dict.fromkeys((*counts, "dimension"), "i32")
-                | dict.fromkeys(constants, "constexpr"),
-                constants=constants,
-                num_warps=settings.num_warps,
-                num_stages=settings.num_stages,
-                aligned=(*pointers, "dimension"),
-            )
-
-
-def _mmd_slopes(kernel: Any, architecture: str, dtype: str, options: dict[str, Any]) -> Variant:
-    settings = for_architecture("mmd_slopes", architecture)
-    constants = {**options, "BLOCK_M": settings.block[0], "BLOCK_N": settings.block[1]}
-    pointers = {"products": "*fp32", "slopes": f"*{dtype}"}
-    pointers |= dict.fromkeys(
-        ("row_norms", "column_norms", "weights", "same", "scale", "kernel_sums", "row_sums"), "*fp32"
-    )
-    counts = ("row_count", "column_count", "column_split", "side", "diagonal_offset", "width")
-    return Variant(
-        name=f"mmd_slopes {dtype}",
-        settings="mmd_slopes",
-        kernel=kernel,
-        signature=pointers | dict.fromkeys(counts, "i32") | dict.fromkeys(constants, "constexpr"),
-        constants=constants,
-        num_warps=settings.num_warps,
-        num_stages=settings.num_stages,
-        aligned=(*pointers, "column_count"),
-    )
+            arguments |= dict.fromkeys((*counts, "dimension"), "i32")
+            constants = options | {"WANT_SOURCE": True, "WANT_TARGET": True, "UPCAST": False, "PRECISION": precision}
+            constants |= {"BLOCK_M": launch.block[0], "BLOCK_N": launch.block[1], "BLOCK_D": block_d}
+            name, kernel = f"mmd_sweep {dtype} D={block_d}", mmd.sweep_kernel
+            yield variant(name, entry, kernel, arguments, constants, launch, "dimension")
 
 
 def compile_variant(variant: Variant, architecture: str) -> Usage:

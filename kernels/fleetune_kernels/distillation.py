@@ -20,12 +20,14 @@ from typing import Any
 import torch
 
 from fleetune_kernels import reference
+from fleetune_kernels.arguments import checked
 from fleetune_kernels.backends import choose, floating, once, one_of, same_device, scalar
 from fleetune_kernels.divergences import Options, checked_options, rows
 from fleetune_kernels.reference import as_list, or_infinity, supervised_rows
 from fleetune_kernels.softmax_cross_entropy import REDUCTIONS, SMALL
 
 
+@checked
 def distillation_loss(
     student_logits: torch.Tensor,  # (..., V)
     teacher_logits: torch.Tensor | Sequence[torch.Tensor],  # (..., V); of several, the mean of the soft targets

@@ -14,12 +14,15 @@ def check_sizes(group: distributed.ProcessGroup | None, sizes: Sizes | None, row
     """The rows of every rank; of this process alone where there is no group.
 
     Raises:
-        ValueError: sizes without a group or a group without them, or sizes that do not fit the group or the own rows.
+        ValueError: what is no group, sizes without a group or a group without them, or sizes that do not fit the group
+            or the own rows.
     """
     if group is None:
         if sizes is not None:
             raise ValueError("sizes: given without a group; should be None, or give the group too")
         return [rows]
+    if not isinstance(group, distributed.ProcessGroup):
+        raise ValueError(f"group: {type(group).__name__}; should be a process group or None")
     world_size = distributed.get_world_size(group)
     if sizes is None:
         raise ValueError(f"sizes: None; should list (source rows, target rows) of the group's {world_size} ranks")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fleetune_kernels import reference
+from fleetune_kernels.arguments import checked
 from fleetune_kernels.backends import as_autocast, choose, floating, integers, once, same_device, same_shape, scalar
 from fleetune_kernels.head import Wanted, accumulator, scaled, walk
 from fleetune_kernels.head_terms import counted
@@ -32,6 +33,7 @@ from fleetune_kernels.softmax_cross_entropy import (
 from fleetune_kernels.softmax_cross_entropy import rows as softmax_rows
 
 
+@checked
 def linear_cross_entropy(
     hidden_states: torch.Tensor,  # (..., D)
     lm_head_weight: torch.Tensor,  # (V, D)

@@ -18,6 +18,7 @@ from dataclasses import asdict
 import torch
 
 from fleetune_kernels import reference
+from fleetune_kernels.arguments import checked
 from fleetune_kernels.backends import as_autocast, choose, integers, scalar
 from fleetune_kernels.distillation import check_rows, checked_columns
 from fleetune_kernels.divergences import Options, checked_options
@@ -29,6 +30,7 @@ from fleetune_kernels.reference import Distilled, as_list
 from fleetune_kernels.softmax_cross_entropy import check_classes
 
 
+@checked
 def linear_distillation_loss(
     student_hidden: torch.Tensor,  # (..., D)
     student_weight: torch.Tensor,  # (V, D)

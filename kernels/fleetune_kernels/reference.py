@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from fleetune_kernels.arguments import checked
+
 
 class Stats(NamedTuple):
     """By row, detached, 0 where the row is ignored; each of the labels' shape."""
@@ -248,6 +250,7 @@ def topk_distillation_loss(
     )
 
 
+@checked
 def supervised_weight(
     labels: torch.Tensor,  # (...)
     *,

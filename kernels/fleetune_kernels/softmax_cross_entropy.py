@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fleetune_kernels import reference
+from fleetune_kernels.arguments import checked
 from fleetune_kernels.backends import (
     choose,
     floating,
@@ -54,6 +55,7 @@ class Options:
     with_stats: bool = False
 
 
+@checked
 def cross_entropy(
     logits: torch.Tensor,  # (..., V)
     labels: torch.Tensor,  # (...), integer classes or ignore_index
@@ -126,12 +128,14 @@ def cross_entropy(
     return (loss, Stats(*stats.detach().reshape(4, *labels.shape))) if return_stats else loss
 
 
+@checked
 def check_labels(labels: torch.Tensor, vocab_size: int, ignore_index: int = -100) -> None:
     """Waits for the device.
 
     Raises:
         ValueError: a label that is neither a class nor ignore_index, with its value.
     """
+    labels = integers("labels", labels)
     wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))]
     if wrong.numel():
         found, last = int(wrong.flatten()[0]), vocab_size - 1

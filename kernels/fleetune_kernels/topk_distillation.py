@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from fleetune_kernels import reference
+from fleetune_kernels.arguments import checked
 from fleetune_kernels.backends import as_autocast, choose, floating, integers, one_of, same_device, scalar
 from fleetune_kernels.distillation import check_rows, checked_columns
 from fleetune_kernels.divergences import Options as DivergenceOptions
@@ -46,6 +47,7 @@ class Options:
     label_smoothing: float
 
 
+@checked
 def topk_distillation_loss(
     hidden_states: torch.Tensor,  # (..., D)
     lm_head_weight: torch.Tensor,  # (V, D)

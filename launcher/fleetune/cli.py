@@ -20,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help: laying it out takes longer than all the rest of the start
     pretty_exceptions_enable=False,
-    help="Fine-tune and distil Transformers models from one YAML recipe, on a laptop or a cluster.",
+    help="Fine-tune Transformers models from one YAML recipe, on a laptop or a cluster.",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
@@ -45,12 +45,15 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 
 def _load(file: Path, overrides: list[str] | None) -> Recipe:
+    from fleetune.cluster.profile import is_profile
     from fleetune.recipe import load_recipe
     from fleetune.schema import RecipeError
 
     try:
         return load_recipe(file, overrides)
     except RecipeError as error:
+        if is_profile(file):
+            _fail(f"{file}: is a cluster profile, not a recipe; it goes after --cluster")
         _fail(str(error))
 
 
@@ -81,7 +84,7 @@ def run(
     with local.stopping() as stop:
         try:
             loaded, report = _prepare(recipe, loaded, layout, stop)
-            _show_cleaning(report)
+            _show_data(loaded, layout, report)
             outcome = _attempt(loaded, layout, report, stop, fresh=fresh, began=began)
             folders = [outcome.run.path]
             if baseline:
@@ -134,11 +137,16 @@ def _prepare(file: Path, recipe: Recipe, layout: Layout, stop: Stop | None = Non
     return resolved, report
 
 
-def _show_cleaning(report: dict[str, Any]) -> None:
+def _show_data(recipe: Recipe, layout: Layout, report: dict[str, Any]) -> None:
+    """What cleaning did, and what the training data warns of."""
+    from fleetune.schema import batch_warning, cut_batch
+
     for step, touched in report["cleaning"].items():
         typer.echo(f"cleaning  {step}: " + ", ".join(f"{count} rows of {split}" for split, count in touched.items()))
-    if "warning" in report:
-        typer.echo(f"warning   {report['warning']}")
+    batch = cut_batch(recipe.training, layout.world_size)
+    for warning in (report.get("warning"), batch_warning(report["rows"]["train"], batch)):
+        if warning is not None:
+            typer.echo(f"warning   {warning}")
 
 
 def _attempt(
@@ -333,7 +341,7 @@ def logs(
 def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc = None, nodes: Nodes = 1) -> None:
     """Validate a recipe, show what it comes to, open its data. Nothing is started."""
     from fleetune.recipe import dump_recipe
-    from fleetune.schema import cut_batch, total_steps
+    from fleetune.schema import cut_batch, steps_per_epoch, total_steps
 
     loaded = _load(recipe, overrides)
     layout = _plan(nodes, nproc_per_node)
@@ -343,7 +351,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc
     typer.echo(f"batch     {batch}")
     rows = report["rows"]["train"]
     steps = total_steps(loaded.training, rows, batch)
-    typer.echo(f"steps     {steps}, {steps * batch.global_batch_size / rows:.2f} epoch(s) of {rows} rows")
+    typer.echo(f"steps     {steps}, {steps / steps_per_epoch(rows, batch):.2f} epoch(s) of {rows} rows")
     typer.echo(
         f"model     {report['parameters'] / 1e6:.1f}M parameters, {report['trainable_parameters'] / 1e6:.1f}M trainable"
     )
@@ -355,7 +363,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc
             f"{split:<11}{count} rows, {report['tokens'][split] / count:.1f} tokens each, "
             f"{report['truncated'][split]} cut at {loaded.data.max_length}" + (f"; {labels}" if labels else "")
         )
-    _show_cleaning(report)
+    _show_data(loaded, layout, report)
 
 
 @app.command()

@@ -208,8 +208,14 @@ def load_recipe(file: str | Path, overrides: list[str] | None = None) -> Recipe:
         layers.values["output_dir"] = str(Path.cwd() / "runs")
     file = os.path.normpath(Path(file).absolute())
     recipe = _validate(layers, file)
-    _refuse(missing_files(recipe), layers, file)
+    _refuse((*_no_losses(layers.values), *missing_files(recipe)), layers, file)
     return recipe
+
+
+def _no_losses(values: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """A list that was written out and is empty: what it should mean can only be guessed."""
+    if values.get("losses") == []:
+        yield "losses", [], "an empty list; leave the key out for the task's own loss"
 
 
 def parse_recipe(text: str, origin: str) -> Recipe:
@@ -241,7 +247,9 @@ def _refuse(faults: Iterable[tuple[str, Any, str]], layers: _Layers, file: str) 
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    return dump_yaml(recipe.model_dump(mode="json"))
+    """As a recipe that can be read again: without `losses` where it names none."""
+    values = recipe.model_dump(mode="json")
+    return dump_yaml({key: value for key, value in values.items() if key != "losses" or value})
 
 
 def flatten(values: Any, path: Path_ = ()) -> Iterator[tuple[str, Any]]:

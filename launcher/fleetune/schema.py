@@ -68,11 +68,13 @@ class Model(Section):
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
         None
     )
+    """What computes attention, by Transformers' names; the model's own choice when absent."""
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: less memory, about a third more time."""
     config: dict[str, Scalar] = {}
     """Values that replace those of the model's own config, e.g. hidden_dropout_prob: 0.0."""
     trust_remote_code: bool = False
+    """Lets a model run Python code of its own that lies beside its weights: for authors you trust."""
 
 
 class Source(Section):
@@ -83,8 +85,9 @@ class Source(Section):
     split: str | None = None
     """The hub data set's split; `train` when absent."""
     revision: str | None = None
+    """The hub data set's branch, tag or commit."""
     limit: Positive | None = None
-    """Takes the first rows only."""
+    """Takes the first rows only, of those that `where` keeps."""
     where: dict[str, Scalar] = {}
     """Keeps the rows whose columns have these values, e.g. {split: train}."""
 
@@ -96,18 +99,24 @@ Cleaning = Literal[
 
 class Augmentation(Section):
     kind: Literal["word_dropout", "random_swap", "random_deletion"]
-    """word_dropout puts the tokenizer's unknown or mask token in a word's place; the others swap or delete words."""
+    """word_dropout puts the tokenizer's mask token, or its unknown one, in a word's place; the others swap, delete."""
     probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """For each word."""
 
 
 class Data(Section):
     train: Source
+    """What the model learns from."""
     validation: Source | None = None
+    """Evaluated while the model is trained: it chooses the best checkpoint and stops early."""
     test: Source | None = None
+    """Evaluated once, with the weights that are kept."""
     text_column: str = "text"
+    """The column that the model reads."""
     text_pair_column: str | None = None
+    """The second text of a pair, such as two sentences to compare."""
     label_column: str = "label"
+    """A class, by number or name; for regression a number."""
     weight_column: str | None = None
     """A column of per-example weights; each loss is divided by their sum."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
@@ -122,19 +131,25 @@ class Data(Section):
 
 class CrossEntropy(Section):
     kind: Literal["cross_entropy"]
+    """For classification: minus the logarithm of the right class's probability."""
     weight: float = 1.0
+    """What this loss is multiplied by in the sum of all."""
     label_smoothing: Fraction = 0.0
+    """The share of the target that is spread evenly over all classes."""
     class_weights: list[NotNegative] | None = None
     """One weight for each class, as in PyTorch: the mean divides by the sum of the examples' class weights."""
 
 
 class MeanSquaredError(Section):
     kind: Literal["mse"]
+    """For regression: the squared error."""
     weight: float = 1.0
+    """What this loss is multiplied by in the sum of all."""
 
 
 class L1Penalty(Section):
     kind: Literal["l1_penalty"]
+    """Draws parameters to 0, and many of them all the way."""
     weight: NotNegative
     """Times the sum of |p|."""
     parameters: list[str] = ["*.weight"]
@@ -143,6 +158,7 @@ class L1Penalty(Section):
 
 class L2Penalty(Section):
     kind: Literal["l2_penalty"]
+    """Draws parameters to 0, large ones most."""
     weight: NotNegative
     """Times the sum of p². It goes through Adam's moments, which training.weight_decay does not."""
     parameters: list[str] = ["*.weight"]
@@ -154,39 +170,50 @@ Loss = Annotated[CrossEntropy | MeanSquaredError | L1Penalty | L2Penalty, Field(
 
 class Training(Section):
     num_train_epochs: Annotated[float, Field(gt=0.0)] = 3.0
+    """Passes over the training data, or a part of one."""
     max_steps: Positive | None = None
     """Optimizer steps; goes before num_train_epochs."""
     per_device_train_batch_size: Positive = 8
     """The micro-batch of one rank; with global_batch_size the most that one may have."""
     gradient_accumulation_steps: Positive | None = None
+    """Micro-batches of one rank in one optimizer step; 1, or what global_batch_size needs, when absent."""
     global_batch_size: Positive | None = None
     """Examples of one optimizer step over all ranks; keeps the same when the number of ranks changes."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 5.0e-5
+    """The highest, which the warm-up ends at."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls to 0 after the warm-up, or stays."""
     warmup_ratio: Fraction = 0.0
     """Share of the steps over which the learning rate rises from 0."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Goes before warmup_ratio."""
+    """The same in optimizer steps, in place of warmup_ratio."""
     weight_decay: NotNegative = 0.0
     """AdamW's decoupled decay, kept off biases and norms."""
     adam_beta1: Fraction = 0.9
+    """How much AdamW keeps at each step of the gradient's running mean."""
     adam_beta2: Fraction = 0.999
+    """How much it keeps of the squared gradient's."""
     adam_epsilon: Annotated[float, Field(gt=0.0)] = 1.0e-8
+    """Added to the root that AdamW divides by."""
     max_grad_norm: NotNegative = 1.0
     """The gradient's norm over all parameters is clipped to this; 0 leaves it."""
     bf16: bool = False
+    """Computes in bf16, and keeps fp32 weights for the optimizer; fp32 on a CPU without bf16 arithmetic."""
     fp16: bool = False
     """On a GPU only, with a dynamic loss scale."""
     group_by_length: bool = True
     """Batches of like length in random order: less padding, every example once an epoch."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of fresh weights, dropout, the order of the data, augmentation and validation_fraction."""
     logging_steps: Positive = 10
+    """Optimizer steps between lines of metrics.jsonl and of the log."""
     hang_timeout: Annotated[float, Field(gt=0.0)] | None = None
     """Seconds without a step after which the run is stopped as hanging; learnt from its own steps when absent."""
 
 
 class DeepSpeed(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """What is cut over the ranks: 1 the optimizer's state, 2 also the gradients, 3 also the parameters; 0 nothing."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """Where the optimizer's state and step live; ZeRO 1 to 3."""
     offload_param: Literal["none", "cpu"] = "none"
@@ -202,6 +229,7 @@ class Evaluation(Section):
     eval_steps: Positive | None = None
     """Optimizer steps between evaluations; once an epoch, and at the end, when absent."""
     per_device_eval_batch_size: Positive = 64
+    """Rows that one rank evaluates at once."""
     metric_for_best_model: Metric | None = None
     """Chooses the best checkpoint on the validation split; the first of `metrics` when absent."""
     early_stopping_patience: Positive | None = None
@@ -231,7 +259,9 @@ class Retries(Section):
     requeue: NotNegativeInt = 100
     """By a person: `scontrol requeue`."""
     time_limit: NotNegativeInt = 1000
+    """By the `time` of the cluster's profile."""
     node_failure: NotNegativeInt = 1000
+    """A node that died or was cut off."""
     crash: NotNegativeInt = 3
     """A rank that failed, was killed or hung."""
     without_progress: Positive = 3
@@ -240,33 +270,47 @@ class Retries(Section):
 
 class Wandb(Section):
     project: str = "fleetune"
+    """Where the run is shown; it is made when it is not there."""
     entity: str | None = None
+    """A team or user; your key's own when absent."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online where a key is there and the server answers, offline otherwise."""
     tags: list[str] = []
+    """Words to find the run by."""
 
 
 class Tracking(Section):
     wandb: Wandb | None = None
+    """Streams the metrics to Weights & Biases; without this section they stand in metrics.jsonl alone."""
 
 
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     """The run's folder is output_dir/name."""
     task: Literal["classification", "regression"]
+    """What is learnt: one of several classes, or a number."""
     output_dir: str = "runs"
+    """The folder of all runs; `runs` in the working folder when absent."""
     model: Model
+    """Which model, and what is changed in it."""
     data: Data
+    """Which rows, and how they become tokens."""
     losses: list[Loss] = []
-    """A list, whatever the objective; cross_entropy for classification and mse for regression when absent."""
+    """What is minimised: the sum of these. The task's own loss, cross_entropy or mse, when absent."""
     kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
     """What computes the losses: Triton on a GPU and chunked PyTorch elsewhere, or the plain formulas (reference)."""
     training: Training = Training()
+    """Length, batches, learning rate, precision."""
     deepspeed: DeepSpeed = DeepSpeed()
+    """How the memory is shared among the ranks."""
     evaluation: Evaluation = Evaluation()
+    """What is measured on held-out data, and how often."""
     checkpoint: Checkpoint = Checkpoint()
+    """When the state is saved, to go on from."""
     retries: Retries = Retries()
+    """On a cluster: how many attempts a run may take."""
     tracking: Tracking = Tracking()
+    """Where metrics go beside metrics.jsonl."""
 
 
 DATA_SUFFIXES = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
@@ -341,10 +385,24 @@ def hours_between_failures(nodes: int, failures_per_node_day: float = FAILURES_P
     return 24.0 / (nodes * failures_per_node_day)
 
 
+def steps_per_epoch(rows: int, batch: Batch) -> int:
+    """The last batch of an epoch may be short."""
+    return -(-rows // batch.global_batch_size)
+
+
 def total_steps(training: Training, rows: int, batch: Batch) -> int:
-    """Optimizer steps of the whole run; the last batch of an epoch may be short."""
-    per_epoch = -(-rows // batch.global_batch_size)
-    return training.max_steps or max(1, round(training.num_train_epochs * per_epoch))
+    """Optimizer steps of the whole run."""
+    return training.max_steps or max(1, round(training.num_train_epochs * steps_per_epoch(rows, batch)))
+
+
+def batch_warning(rows: int, batch: Batch) -> str | None:
+    """Where the training data does not fill one global batch."""
+    if batch.global_batch_size <= rows:
+        return None
+    return (
+        f"the global batch of {batch.global_batch_size} examples is larger than train, so that each step is a whole "
+        f"epoch of {rows}; training.global_batch_size sets it"
+    )
 
 
 def json_schema() -> dict[str, Any]:
@@ -352,6 +410,8 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     schema["properties"]["extends"] = {"type": "string", "description": "Another recipe that this one builds on."}
     schema["title"] = "Fleetune recipe"
+    del schema["properties"]["losses"]["default"]  # an empty list that is written out is refused
+    schema["properties"]["losses"]["minItems"] = 1
     definitions = schema["$defs"]
     # A loss or an augmentation stands in a list, which is replaced as a whole: its keys stay required.
     required = {name: definitions[name].pop("required") for name in ("Model", "Data", "Source")}

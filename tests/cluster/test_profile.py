@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from fleetune.cluster.profile import OURS, Profile, load_profile, minutes_of
-from fleetune.schema import RecipeError
+from fleetune.cluster.profile import OURS, Container, Profile, is_profile, load_profile, minutes_of
+from fleetune.faults import shown
+from fleetune.schema import Recipe, RecipeError, Section
 
 PROFILES = Path(__file__).parents[2] / "slurm"
 
@@ -25,6 +26,26 @@ def test_every_example_is_a_profile(file: Path) -> None:
     profile = load_profile(file)
     assert profile.ranks >= 1
     assert minutes_of(profile.time) >= 30
+
+
+def table(section: type[Section] = Profile, prefix: str = "") -> list[str]:
+    """Every key with its default and what it says of itself, as lines of Markdown."""
+    lines = []
+    for name, info in section.model_fields.items():
+        default = "" if info.default in (None, [], {}) else shown(info.default).strip("'")
+        default = "required" if info.is_required() else default
+        said = " ".join((info.description or "").split())
+        lines.append(f"| `{prefix}{name}` | {default} | {said} |")
+        if name == "container":
+            lines += table(Container, "container.")
+    return lines
+
+
+def test_the_readme_has_a_line_for_every_key() -> None:
+    readme = (PROFILES / "README.md").read_text(encoding="utf-8").splitlines()
+    lines = table()
+    assert all(not line.endswith("|  |") for line in lines)
+    assert [line for line in readme if line in lines] == lines, "write this:\n" + "\n".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +110,40 @@ def test_a_fault_names_the_file_the_key_and_what_is_right(name: str, tmp_path: P
 def test_what_is_no_map_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"profile\.yaml"):
         load_profile(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "of_a_profile"),
+    [
+        ("time: 4h\n", True),
+        ("nodes: 2\ntmie: 4h\n", True),
+        ("name: a\ntask: classification\n", False),
+        ("name: a\ntime: 4h\n", False),
+        ("nothing: 1\n", False),
+        ("- time\n", False),
+        ("time: [\n", False),
+    ],
+)
+def test_a_profile_is_known_by_its_keys(text: str, of_a_profile: bool, tmp_path: Path) -> None:
+    assert is_profile(written(tmp_path, text)) is of_a_profile
+
+
+def test_what_is_not_there_is_no_profile(tmp_path: Path) -> None:
+    assert not is_profile(tmp_path / "none.yaml")
+
+
+def test_a_recipe_and_a_profile_share_no_key() -> None:
+    assert not set(Profile.model_fields) & set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize("text", ["name: a\ntask: classification\n", "extends: base.yaml\nnmae: a\ntraining: {}\n"])
+def test_a_recipe_is_told_from_a_profile_in_one_line(text: str, tmp_path: Path) -> None:
+    file = written(tmp_path, text)
+    with pytest.raises(RecipeError) as caught:
+        load_profile(file)
+    assert str(caught.value) == (
+        f"{file}: is a recipe, not a cluster profile; it goes first, and --cluster names a profile"
+    )
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

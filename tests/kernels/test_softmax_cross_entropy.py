@@ -336,7 +336,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "labels that are not integers": ({"labels": torch.zeros(6)}, "labels: torch.float32"),
     "a label that is no class": ({"labels": torch.full((6,), 300)}, "labels: 300 is no class; should be 0 to 299"),
     "a negative label": ({"labels": torch.full((6,), -1)}, "labels: -1 is no class"),
-    "a divisor that is none": ({"num_items": "7"}, "num_items: '7'; should be a number, or a tensor with one element"),
+    "a divisor that is none": ({"num_items": "7"}, "num_items: str; should be a tensor, a number or None"),
     "several divisors": ({"num_items": torch.ones(2)}, "num_items: tensor"),
     "integer logits": ({"logits": torch.zeros(6, 300, dtype=torch.long)}, "logits: torch.int64"),
     "class weights of another length": ({"weight": torch.ones(4)}, r"weight: shape \(4,\)"),

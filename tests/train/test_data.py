@@ -107,14 +107,15 @@ def test_numbers_and_nothing_are_text_too(tmp_path: Path, tokenizer: Any) -> Non
 def test_a_list_is_no_text(tmp_path: Path, tokenizer: Any, cell: Any) -> None:
     train = jsonl(tmp_path / "train.jsonl", [{"text": "a", "label": 0}, {"text": cell, "label": 0}])
     assert (
-        refusal(recipe(train), tokenizer) == f"data.text_column = 'text': row 1 of train has {cell}, which is no text"
+        refusal(recipe(train), tokenizer)
+        == f"data.text_column = 'text': row 1 of train (counted from 0) has {cell}, which is no text"
     )
 
 
 def test_half_of_a_surrogate_pair_is_no_text(tmp_path: Path, tokenizer: Any) -> None:
     train = jsonl(tmp_path / "train.jsonl", [{"text": "é", "label": 0}, {"text": "cut \ud83d", "label": 0}])
     assert refusal(recipe(train), tokenizer).startswith(
-        "data.text_column = 'text': row 1 of train is not valid Unicode"
+        "data.text_column = 'text': row 1 of train (counted from 0) is not valid Unicode"
     )
 
 
@@ -224,28 +225,28 @@ def test_num_labels_has_to_fit(tmp_path: Path, tokenizer: Any) -> None:
     [
         (
             [0, None],
-            "row 1 of train has None, which is none of the 2 classes (0, 1); "
-            "drop such rows with the cleaning step drop_empty",
+            "row 1 of train (counted from 0) has no label; drop such rows with the cleaning step drop_empty",
         ),
-        ([0, math.nan], "row 1 of train has None, which is none of the 2 classes"),
+        ([0, math.nan], "row 1 of train (counted from 0) has no label"),
         ([None, None], "no row of train has a label"),
         ([0, 0.5], "0.5 stands among the labels"),
         ([0, "pos", 1], "'pos' stands among the labels"),
         ([0, math.inf], "inf stands among the labels"),
         ([-1, 1], "the labels go from -1 to 1; classes are numbered from 0 up"),
         ([0, 20_000], "the labels go from 0 to 20000; classes are numbered from 0 up"),
-        ([0, [1]], "row 1 of train has [1], which is no label (a number or a name)"),
+        ([0, [1]], "row 1 of train (counted from 0) has [1], which is no label (a number or a name)"),
     ],
 )
 def test_labels_that_are_no_classes(tmp_path: Path, tokenizer: Any, labels: list[Any], message: str) -> None:
     assert refusal(recipe(labelled(tmp_path, labels)), tokenizer).startswith(f"data.label_column = 'label': {message}")
 
 
-@pytest.mark.parametrize("label", ["maybe", 2, -1, 0.5, None, "1"])
+@pytest.mark.parametrize("label", ["maybe", 2, -1, 0.5, "1"])
 def test_a_label_that_train_does_not_have(tmp_path: Path, tokenizer: Any, label: Any) -> None:
     train, validation = labelled(tmp_path, ["no", "yes"]), labelled(tmp_path, ["yes", label], "validation")
     assert refusal(recipe(train, validation=validation), tokenizer) == (
-        f"data.label_column = 'label': row 1 of validation has {label!r}, which is none of the 2 classes (no, yes)"
+        f"data.label_column = 'label': row 1 of validation (counted from 0) has {label!r}, which is none of the "
+        "2 classes (no, yes)"
     )
 
 
@@ -258,7 +259,7 @@ def test_rows_are_counted_as_in_their_source(tmp_path: Path, tokenizer: Any) -> 
     assert prepared.splits["train"].index.tolist() == [1, 4, 7]
     rows[4]["label"] = "x"
     source = {"path": str(jsonl(tmp_path / "train.jsonl", rows)), "where": {"fold": 1}}
-    assert "row 4 of train has 'x'" in refusal(
+    assert "row 4 of train (counted from 0) has 'x'" in refusal(
         recipe(source, model={"num_labels": 2, "label_names": ["a", "b"]}), tokenizer
     )
 
@@ -270,11 +271,19 @@ def test_regression_has_numbers_for_labels(tmp_path: Path, tokenizer: Any) -> No
     assert (prepared.label_names, prepared.report["labels"]) == ([], {})
 
 
-@pytest.mark.parametrize("label", ["2.5", None, math.nan, math.inf, True])
+@pytest.mark.parametrize("label", ["2.5", math.inf, True])
 def test_regression_refuses_what_is_no_number(tmp_path: Path, tokenizer: Any, label: Any) -> None:
-    shown = None if label is not True and label != "2.5" and label != math.inf else label
     assert refusal(recipe(labelled(tmp_path, [1.0, label]), task="regression"), tokenizer) == (
-        f"data.label_column = 'label': row 1 of train has {shown!r}, which is no number"
+        f"data.label_column = 'label': row 1 of train (counted from 0) has {label!r}, which is no number"
+    )
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("nothing", [None, math.nan])
+def test_a_row_without_a_label_is_told_as_that(tmp_path: Path, tokenizer: Any, task: str, nothing: Any) -> None:
+    train, validation = labelled(tmp_path, [0, 1]), labelled(tmp_path, [1, 0, nothing], "validation")
+    assert refusal(recipe(train, task, validation=validation), tokenizer) == (
+        "data.label_column = 'label': row 2 of validation (counted from 0) has no label"
     )
 
 
@@ -301,7 +310,8 @@ def test_weights_are_kept_for_training_alone(tmp_path: Path, tokenizer: Any) -> 
 def test_what_is_no_weight(tmp_path: Path, tokenizer: Any, weight: Any) -> None:
     message = refusal(recipe(weighted(tmp_path, [1, 1, weight]), weight_column="weight"), tokenizer)
     assert message == (
-        f"data.weight_column = 'weight': row 2 of train has {weight!r}, which is no weight (a number, 0 or more)"
+        f"data.weight_column = 'weight': row 2 of train (counted from 0) has {weight!r}, which is no weight "
+        "(a number, 0 or more)"
     )
 
 
@@ -362,6 +372,18 @@ def test_a_split_leaves_test_alone_and_keeps_a_row_on_both_sides(tmp_path: Path,
         assert refusal(recipe(train, validation_fraction=fraction), tokenizer) == (
             f"data.validation_fraction = {fraction}: of 4 rows that is {count} for validation; "
             "both sides need at least one"
+        )
+
+
+def test_a_fault_in_a_row_that_was_split_off_names_its_place_in_the_file(tmp_path: Path, tokenizer: Any) -> None:
+    train = labelled(tmp_path, [0, 1] * 20)
+    chosen = prepare(recipe(train, validation_fraction=0.25), tokenizer).splits["validation"].index.tolist()
+    for label, said in ((None, "has no label"), (7, "has 7, which is none of the 2 classes (0, 1)")):
+        train = labelled(tmp_path, [label if i == chosen[3] else i % 2 for i in range(40)])
+        given = {"num_labels": 2, "label_names": ["0", "1"]}
+        assert refusal(recipe(train, model=given, validation_fraction=0.25), tokenizer) == (
+            f"data.label_column = 'label': row {chosen[3]} of train (counted from 0), which data.validation_fraction "
+            f"puts into validation, {said}"
         )
 
 
@@ -555,7 +577,7 @@ def test_a_half_built_folder_is_built_anew(train: Path, tokenizer: Any) -> None:
 def test_a_build_that_fails_leaves_nothing_to_be_taken_for_whole(tmp_path: Path, train: Path, tokenizer: Any) -> None:
     bad = labelled(tmp_path, [0, None], "validation")
     for _ in range(2):
-        assert "row 1 of validation has None" in refusal(recipe(train, validation=bad), tokenizer)
+        assert "row 1 of validation (counted from 0) has no label" in refusal(recipe(train, validation=bad), tokenizer)
     assert built() == set()
 
 

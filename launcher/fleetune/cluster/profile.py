@@ -6,6 +6,7 @@ would be right. Every value but `setup` is passed on literally, quoted; `setup` 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from fleetune.faults import fault_lines, shown
-from fleetune.schema import RecipeError, Section
+from fleetune.schema import Recipe, RecipeError, Section
 from fleetune.strict_yaml import parse_yaml
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
@@ -146,27 +147,36 @@ class Container(Section):
     """The ranks run inside an image; the launcher's own lines outside it."""
 
     kind: Literal["pyxis", "apptainer"]
+    """What runs it: srun's pyxis plugin, or apptainer."""
     image: Word
     """A file, or a registry's name as the runtime takes it."""
     mounts: list[Word] = []
     """HOST or HOST:INSIDE. The run's folder and the code are mounted by themselves."""
     python: Word = "python"
-    """Inside the image."""
+    """The command inside the image."""
 
 
 class Profile(Section):
     partition: Word | None = None
+    """The queue; Slurm's default when absent."""
     account: Word | None = None
+    """Whose budget pays; your default when absent."""
     qos: Word | None = None
+    """The quality of service, with its limits and priority."""
     constraint: Word | None = None
+    """Features that the nodes must have, e.g. h100&ib."""
     reservation: Word | None = None
+    """Nodes that were set aside under this name."""
     nodes: Count = 1
+    """How many the run is spread over."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    """None trains on CPUs."""
     gpu_type: Word | None = None
     """As in the cluster's gres: h100, a100."""
     ranks_per_node: Count | None = None
     """The GPUs of a node when absent; on nodes without any, 1."""
     cpus_per_rank: Count = 1
+    """CPUs, and so threads, of each rank."""
     memory: Annotated[str, AfterValidator(_memory)] | None = None
     """Of each node, as 64G; 0G is all that a node has."""
     time: Annotated[str, BeforeValidator(_time)]
@@ -179,19 +189,33 @@ class Profile(Section):
     setup: list[Literal_] = []
     """Lines of shell before the ranks start: module load cuda. The one field that is shell."""
     container: Container | None = None
+    """An image that the ranks run in; without one they run the Python that submits."""
     environment: dict[Annotated[str, AfterValidator(_variable)], Literal_] = {}
     """Variables of every rank, NCCL's too."""
     cache_dir: Word | None = None
     """A folder on each node's own disk for Triton's cache and torch's extensions: shared ones hang."""
     internet: bool = True
-    """Whether the nodes reach it: else the hub is off line there, and wandb is sent from the login node."""
+    """Whether the nodes reach it; else hub and wandb are off line there, and `fleetune sync` sends wandb the rest."""
     extra: dict[Annotated[str, AfterValidator(_option)], Annotated[str | int | bool, BeforeValidator(_value)]] = {}
-    """Any further sbatch options."""
+    """Any further sbatch options, without their dashes: exclusive: true."""
 
     @property
     def ranks(self) -> int:
         """On each node."""
         return self.ranks_per_node or self.gpus_per_node or 1
+
+
+def is_profile(file: Path) -> bool:
+    """Whether a file that is no recipe is a cluster profile."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, RecipeError):
+        return _is_of(parse_yaml(file.read_text(encoding="utf-8"), str(file)), Profile, Recipe)
+    return False
+
+
+def _is_of(values: Any, one: type[Section], other: type[Section]) -> bool:
+    """By its keys: some of the one's, however many are misspelt, and none of the other's."""
+    keys = set(values) if isinstance(values, dict) else set()
+    return bool(keys & set(one.model_fields)) and not keys & set(other.model_fields)
 
 
 def load_profile(file: Path) -> Profile:
@@ -205,6 +229,8 @@ def load_profile(file: Path) -> Profile:
     values: Any = parse_yaml(text, str(file))
     if not isinstance(values, dict):
         raise RecipeError(f"{file}: a cluster profile is a map of keys, this is {shown(values)}")
+    if _is_of(values, Recipe, Profile):
+        raise RecipeError(f"{file}: is a recipe, not a cluster profile; it goes first, and --cluster names a profile")
     try:
         profile = Profile.model_validate(values)
     except ValidationError as error:

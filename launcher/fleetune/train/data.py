@@ -28,10 +28,15 @@ from fleetune.train.sources import DataError, Ints, Table, load_hub, no_column, 
 
 CACHE_FORMAT = 3  # raise it when the arrays or the cleaning change
 SPLITS = ("train", "validation", "test")
+DROP_UNLABELLED = "; drop such rows with the cleaning step drop_empty"
 PIECE = 1000  # rows that are tokenised at once: what the tokenizer holds of them goes with their full, uncut length
 
 
 # ---------------------------------------------------------------- labels
+
+
+def _row(number: Any, key: str) -> str:
+    return f"row {number} of {key} (counted from 0)"
 
 
 def _read_rows(recipe: Recipe, source: Source, key: str) -> Rows:
@@ -50,7 +55,7 @@ def _read_rows(recipe: Recipe, source: Source, key: str) -> Rows:
     for i, label in enumerate(labels):
         if not isinstance(label, str | int | float | None):
             raise DataError(
-                f"data.label_column = {others[0]!r}: row {table.index[i]} of {key} has {label!r}, which is no label "
+                f"data.label_column = {others[0]!r}: {_row(table.index[i], key)} has {label!r}, which is no label "
                 "(a number or a name)"
             )
     return Rows(list(zip(*columns, strict=True)), labels, weights, table.index, table.class_names.get(others[0]))
@@ -63,7 +68,7 @@ def _texts(table: Table, column: str, key: str) -> list[str]:
     cells = table.columns[column]
 
     def place(i: int) -> str:
-        return f"data.text_column = {column!r}: row {table.index[i]} of {key}"
+        return f"data.text_column = {column!r}: {_row(table.index[i], key)}"
 
     for i, cell in enumerate(cells):
         if not isinstance(cell, str):
@@ -79,7 +84,7 @@ def _weights(table: Table, column: str) -> list[float]:
     for i, value in enumerate(table.columns[column]):
         if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
             raise DataError(
-                f"data.weight_column = {column!r}: row {table.index[i]} of train has {value!r}, "
+                f"data.weight_column = {column!r}: {_row(table.index[i], 'train')} has {value!r}, "
                 "which is no weight (a number, 0 or more)"
             )
     weights = [float(value) for value in table.columns[column]]
@@ -128,17 +133,28 @@ def _are_numbers(names: Iterable[str]) -> bool:
     return all(re.fullmatch(r"0|[1-9]\d*", name) for name in names)
 
 
+def _labelled(recipe: Recipe, key: str, number: Any) -> str:
+    """Where a label stands: the row's number in its source, also where that was cut in two."""
+    if key == "validation" and recipe.data.validation_fraction is not None:
+        row = f"{_row(number, 'train')}, which data.validation_fraction puts into validation,"
+    else:
+        row = _row(number, key)
+    return f"data.label_column = {recipe.data.label_column!r}: {row}"
+
+
 def _to_numbers(rows: Rows, key: str, recipe: Recipe, names: list[str]) -> npt.NDArray[Any]:
     """Labels as the task has them: float32, or classes' numbers.
 
     A name stands for its place in `names`, and so does a number that the data itself has a known name for. A number is
     a name where the names are numbers (five stars, written "1" to "5"), and otherwise the class's number.
     """
-    column = f"data.label_column = {recipe.data.label_column!r}"
+    if None in rows.labels:
+        hint = DROP_UNLABELLED if key == "train" else ""
+        raise DataError(f"{_labelled(recipe, key, rows.index[rows.labels.index(None)])} has no label{hint}")
     if recipe.task == "regression":
         for i, label in enumerate(rows.labels):
             if isinstance(label, bool) or not isinstance(label, int | float) or not np.isfinite(label):
-                raise DataError(f"{column}: row {rows.index[i]} of {key} has {label!r}, which is no number")
+                raise DataError(f"{_labelled(recipe, key, rows.index[i])} has {label!r}, which is no number")
         return np.asarray(rows.labels, dtype=np.float32)
     number: dict[Any, int] = {name: i for i, name in enumerate(names)}
     if rows.class_names is not None and set(rows.class_names) <= set(names):
@@ -151,10 +167,9 @@ def _to_numbers(rows: Rows, key: str, recipe: Recipe, names: list[str]) -> npt.N
     for i, label in enumerate(rows.labels):
         value = number.get(label)  # 1, 1.0 and True are one key
         if value is None:
-            hint = "; drop such rows with the cleaning step drop_empty" if label is None and key == "train" else ""
             raise DataError(
-                f"{column}: row {rows.index[i]} of {key} has {label!r}, which is none of the {len(names)} classes "
-                f"({', '.join(names[:10])}){hint}"
+                f"{_labelled(recipe, key, rows.index[i])} has {label!r}, which is none of the {len(names)} classes "
+                f"({', '.join(names[:10])})"
             )
         values[i] = value
     return values

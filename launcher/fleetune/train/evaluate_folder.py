@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fleetune import runs
 from fleetune.recipe import local_or_hub
-from fleetune.schema import Recipe, RecipeError, Source
+from fleetune.schema import DATA_SUFFIXES, Recipe, RecipeError, Source
+
+if TYPE_CHECKING:
+    from fleetune.train.data import Split
 
 
 def _recipe_and_model(folder: Path) -> tuple[Recipe, Path]:
@@ -30,12 +34,47 @@ def _recipe_and_model(folder: Path) -> tuple[Recipe, Path]:
     return runs.Run(model).recipe(), model
 
 
+def _in_trains_place(recipe: Recipe, data: str, split: str | None, names: list[str] | None) -> Recipe:
+    """The recipe with this data for train, the model's own labels and nothing dropped. Raises RecipeError."""
+    from fleetune.train.cleaning import NORMALISE
+
+    source = Source(path=local_or_hub(data, Path.cwd()), split=split)
+    if Path(source.path).is_absolute():
+        if not Path(source.path).exists():
+            raise RecipeError(f"--data {data}: there is no such file")
+        if not source.path.endswith(DATA_SUFFIXES):
+            raise RecipeError(f"--data {data}: should be a file that ends in {', '.join(DATA_SUFFIXES)}")
+        if split is not None:
+            raise RecipeError(f"--split {split}: is for a hub data set, and --data {data} is a file: leave it out")
+    changed = {
+        "train": source,
+        "validation": None,
+        "test": None,
+        "validation_fraction": None,
+        "weight_column": None,
+        "augmentation": [],
+        "cleaning": [step for step in recipe.data.cleaning if step in NORMALISE],
+    }
+    model = recipe.model.model_copy(update={"label_names": names, "num_labels": None})
+    return recipe.model_copy(update={"model": model, "data": recipe.data.model_copy(update=changed)})
+
+
+def _other_rows(recipe: Recipe, tokenizer: Any) -> Split:
+    """The data that stands in train's place, whose faults are told as --data's."""
+    from fleetune.train.data import DROP_UNLABELLED, DataError, prepare
+
+    try:
+        return prepare(recipe, tokenizer).splits["train"]
+    except DataError as error:
+        message = str(error).replace("data.train.path = ", "--data ").replace(DROP_UNLABELLED, "")
+        raise DataError(re.sub(r"(row \d+ of) train", r"\1 --data", message)) from error
+
+
 def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[str, Any]:
-    """Raises RecipeError, DataError or ModelError."""
+    """Raises RecipeError or DataError; a fault of `data` and `split` names the options."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from fleetune.train.cleaning import NORMALISE
     from fleetune.train.data import prepare
     from fleetune.train.distributed import World
     from fleetune.train.evaluate import evaluate
@@ -46,32 +85,17 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
     model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=trusts).eval()
     if data is None:
         splits = prepare(recipe, tokenizer).splits
-        name = split or ("test" if "test" in splits else "validation")
+        name = split or next((name for name in ("test", "validation") if name in splits), None)
+        if name is None:
+            raise RecipeError(f"{folder}: its recipe has neither test nor validation data; give --data FILE")
         if name not in splits:
             raise RecipeError(f"--split {name}: the recipe has {', '.join(splits)}")
         rows, where = splits[name], name
     else:
-        # The data stands in train's place, with the model's own labels and nothing dropped.
         names = (
             None if recipe.task == "regression" else [model.config.id2label[i] for i in range(model.config.num_labels)]
         )
-        recipe = recipe.model_copy(
-            update={
-                "model": recipe.model.model_copy(update={"label_names": names, "num_labels": None}),
-                "data": recipe.data.model_copy(
-                    update={
-                        "train": Source(path=local_or_hub(data, Path.cwd()), split=split),
-                        "validation": None,
-                        "test": None,
-                        "validation_fraction": None,
-                        "weight_column": None,
-                        "augmentation": [],
-                        "cleaning": [step for step in recipe.data.cleaning if step in NORMALISE],
-                    }
-                ),
-            }
-        )
-        rows, where = prepare(recipe, tokenizer).splits["train"], data
+        rows, where = _other_rows(_in_trains_place(recipe, data, split, names), tokenizer), data
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     autocast = recipe.training.bf16 and recipe.deepspeed.zero_stage == 0  # as in training
@@ -93,11 +117,10 @@ def main() -> int:
     parser.add_argument("--split")
     arguments = parser.parse_args()
     from fleetune.train.data import DataError
-    from fleetune.train.model import ModelError
 
     try:
         report = evaluate_folder(arguments.folder, arguments.data, arguments.split)
-    except (RecipeError, DataError, ModelError) as error:
+    except (RecipeError, DataError) as error:
         print(f"fleetune: error: {error}", file=sys.stderr)
         return runs.WRONG
     json.dump(report, output)
