@@ -27,10 +27,11 @@ def devcluster(folder: Path, *arguments: str, **environment: str) -> subprocess.
     )
 
 
-def eventually(look: Callable[[], T], seconds: float) -> T:
+def eventually(look: Callable[[], T], seconds: float, meanwhile: Callable[[], object] = lambda: None) -> T:
     """What it sees as soon as that is true, or at the end."""
     end = time.monotonic() + seconds
     while not (seen := look()) and time.monotonic() < end:
+        meanwhile()
         time.sleep(0.2)
     return seen
 

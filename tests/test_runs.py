@@ -222,6 +222,18 @@ def test_another_layout_is_refused_once_there_is_a_checkpoint(tmp_path: Path) ->
     assert run.info()["layout"] == LAYOUT | {"threads": 4}
 
 
+def test_other_data_and_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
+    run = open_run(recipe(tmp_path), LAYOUT, data="one", steps=10)
+    checkpoint = run.checkpoints / "step-00000008"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "MANIFEST.json").touch()
+    with pytest.raises(RecipeError, match="the data are not those it was trained on"):
+        open_run(recipe(tmp_path), LAYOUT, data="another", steps=10)
+    with pytest.raises(RecipeError, match=r"the recipe comes to 7 steps, and .* has done 8"):
+        open_run(recipe(tmp_path, training__max_steps=7), LAYOUT, data="one", steps=7)
+    assert open_run(recipe(tmp_path, training__max_steps=8), LAYOUT, data="one", steps=8).path == run.path
+
+
 def test_fresh_takes_the_next_free_name(tmp_path: Path) -> None:
     names = [open_run(recipe(tmp_path), LAYOUT, fresh=True).path.name for _ in range(3)]
     assert names == ["tiny", "tiny-2", "tiny-3"]

@@ -80,8 +80,8 @@ def run(
             "at most 80 characters"
         )
     layout, began = _plan(nodes, nproc_per_node), time.time()
-    typer.echo("preparing the data")
     with local.stopping() as stop:
+        typer.echo("preparing the data")
         try:
             loaded, report = _prepare(recipe, loaded, layout, stop)
             _show_data(loaded, layout, report)

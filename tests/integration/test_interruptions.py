@@ -302,28 +302,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert is_the_same(unbroken, workspace / "damaged")
 
 
-def test_another_layout_other_data_and_fewer_steps_are_refused(workspace: Path) -> None:
-    """What would not be the same run is an error before anything starts."""
-    made = recipe(workspace, "exact", training={"max_steps": 4})
-    process = start(made)
-    rest(process)
-    assert process.returncode == runs.DONE
-    attempts = len(runs.read_jsonl(workspace / "exact" / "attempts.jsonl"))
-
-    def refusal(*overrides: str, threads: str = "1") -> str:
-        command = [sys.executable, "-m", "fleetune.cli", "run", str(workspace / "exact.yaml"), *overrides]
-        environment = {**os.environ, "OMP_NUM_THREADS": threads}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
-        assert done.returncode == runs.WRONG, done.stdout + done.stderr
-        return done.stderr
-
-    assert "nproc_per_node = 1: the run has 2" in refusal("training.max_steps=8")
-    assert "threads = 2: the run has 1" in refusal("training.max_steps=8", "--nproc-per-node", "2", threads="2")
-    assert "the recipe comes to 3 steps" in refusal("training.max_steps=3", "--nproc-per-node", "2")
+def test_another_layout_and_other_data_are_refused(workspace: Path, unbroken: tuple[Path, float, float]) -> None:
+    """What would not be the same run is an error before anything starts; tests/test_runs.py has each by itself."""
+    attempts = (unbroken[0] / "attempts.jsonl").read_bytes()
     rows = (workspace / "train.jsonl").read_text(encoding="utf-8")
     (workspace / "train.jsonl").write_text(rows.replace("good", "better", 1), encoding="utf-8")
+    command = [sys.executable, "-m", "fleetune.cli", "run", str(workspace / "unbroken.yaml"), "training.max_steps=20"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     try:
-        assert "the data are not those" in refusal("training.max_steps=8", "--nproc-per-node", "2")
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
     finally:
         (workspace / "train.jsonl").write_text(rows, encoding="utf-8")
-    assert len(runs.read_jsonl(workspace / "exact" / "attempts.jsonl")) == attempts
+    assert done.returncode == runs.WRONG, done.stdout + done.stderr
+    for said in ("nproc_per_node = 1: the run has 2", "threads = 2: the run has 1", "the data are not those"):
+        assert said in done.stderr
+    assert (unbroken[0] / "attempts.jsonl").read_bytes() == attempts

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from devcluster import DevCluster, eventually
 from tiny import recipe_values, write_model, write_rows
 
 from fleetune import runs, verify
+from fleetune.ledger import ledger_of
 
 ROOT = Path(__file__).parents[2]
-STEPS = 48  # some 10 seconds of training: time enough for a fault to fall into it
+STEPS, SAVE_STEPS = 48, 4  # some 10 seconds of training: time enough for a fault to fall into it
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a job waits for its nodes, and two minutes when requeued
 
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(folder: Path, name: str) -> Path:
-    values = recipe_values(folder, name, deepspeed={"zero_stage": 2}, checkpoint={"save_steps": 4})
+    values = recipe_values(folder, name, deepspeed={"zero_stage": 2}, checkpoint={"save_steps": SAVE_STEPS})
     values["training"] |= {"max_steps": STEPS}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values | {"output_dir": str(folder)}), encoding="utf-8")
@@ -54,11 +55,16 @@ def fleetune(cluster: DevCluster, *words: str, code: int = 0, sources: tuple[Pat
     return done.stdout + done.stderr
 
 
+def look_at(cluster: DevCluster, run: runs.Run) -> None:
+    """As a person does, which moves up the start of a job that Slurm holds back."""
+    fleetune(cluster, "status", str(run.path))
+
+
 def ended(cluster: DevCluster, run: runs.Run, kind: str, seconds: float = 240.0) -> dict[str, Any]:
-    """The entry of the attempt that ended so, as soon as there is one. Looks as a person does: a held job goes on."""
+    """The entry of the attempt that ended so, as soon as there is one."""
 
     def look() -> dict[str, Any] | None:
-        fleetune(cluster, "status", str(run.path))
+        look_at(cluster, run)
         entries = [e for e in runs.read_jsonl(run.attempts) if e["event"] == "end" and e.get("kind") == kind]
         return entries[-1] if entries else None
 
@@ -117,45 +123,38 @@ def test_a_run_on_the_cluster_is_the_run_on_this_machine_whatever_is_edited_afte
     assert "done" in fleetune(devcluster, "logs", str(run.path))
 
 
-def test_a_preempted_run_loses_no_step_and_goes_on(
-    devcluster: DevCluster, on_this_machine: runs.Run, send: Any
+def test_a_run_goes_on_by_itself_and_loses_no_step_that_it_could_save(
+    devcluster: DevCluster, on_this_machine: runs.Run, folder: Path, send: Any
 ) -> None:
-    run = send("preempted")
+    """Preempted, then with a rank killed, then cancelled and sent again: one run, with a ledger and a story."""
+    run = send("broken")
     assert eventually(lambda: step_of(run) >= 3, 180)
     devcluster.submit("sleep 5", "--partition=hi", "--nodes=3", "--exclusive")
-    end = ended(devcluster, run, "preemption")
-    assert end["exit_code"] == runs.SAVED
-    ended(devcluster, run, "done")
-    starts = [e for e in runs.read_jsonl(run.attempts) if e["event"] == "end"]
-    assert starts[1]["first_step"] == end["last_step"] + 1
-    same_in_the_end(run, on_this_machine)
+    preempted = ended(devcluster, run, "preemption")
+    assert preempted["exit_code"] == runs.SAVED
 
-
-def test_a_killed_rank_ends_all_and_the_job_comes_back(
-    devcluster: DevCluster, on_this_machine: runs.Run, send: Any
-) -> None:
-    run = send("killed")
-    assert eventually(lambda: step_of(run) >= 5, 180)
+    assert eventually(lambda: step_of(run) >= preempted["last_step"] + 6, 240, lambda: look_at(devcluster, run))
     victim = subprocess.run(
         ["pgrep", "-f", f"fleetune.train {run.path}$"], capture_output=True, text=True, check=True
     ).stdout.split()[-1]
-    os.kill(int(victim), 9)
-    assert "was killed by SIGKILL" in ended(devcluster, run, "crash")["reason"]
-    ended(devcluster, run, "done")
-    same_in_the_end(run, on_this_machine)
+    os.kill(int(victim), signal.SIGKILL)
+    killed = ended(devcluster, run, "crash")
+    assert "was killed by SIGKILL" in killed["reason"]
+    assert killed["first_step"] == preempted["last_step"] + 1
 
-
-def test_a_cancelled_run_is_saved_and_goes_on_when_it_is_sent_again(
-    devcluster: DevCluster, on_this_machine: runs.Run, folder: Path, send: Any
-) -> None:
-    run = send("cancelled")
-    assert eventually(lambda: step_of(run) >= 3, 180)
+    assert eventually(lambda: step_of(run) >= killed["last_step"] + 5, 240, lambda: look_at(devcluster, run))
     fleetune(devcluster, "cancel", str(run.path))
     assert ended(devcluster, run, "cancel")["exit_code"] == runs.SAVED
     assert eventually(lambda: not devcluster.slurm("squeue", "--noheader").strip(), 30)
-    time.sleep(1.0)
-    assert ", sent" in fleetune(
-        devcluster, "submit", str(folder / "cancelled.yaml"), "--cluster", str(folder / "profile.yaml")
-    )
+    assert "cancelled: stopped and saved" in fleetune(devcluster, "why", str(run.path))
+    words = ("submit", str(folder / "broken.yaml"), "--cluster", str(folder / "profile.yaml"))
+    assert ", sent" in fleetune(devcluster, *words)
+
     ended(devcluster, run, "done")
     same_in_the_end(run, on_this_machine)
+    told = fleetune(devcluster, "why", str(run.path))
+    assert "3 earlier attempts ended: 1 by preemption, 1 by crash, 1 by cancel." in told
+    ledger = ledger_of(run)
+    assert ledger.queued > 0
+    assert ledger.recomputed_steps <= SAVE_STEPS + 1  # of the killed attempt alone
+    assert ledger.goodput > 0

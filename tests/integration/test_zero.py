@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import make_run, train_together
+from ranks import Job, make_run, work_together
 from tiny import recipe_values, write_model, write_rows
 
 from fleetune import runs
@@ -21,16 +20,21 @@ LOSSES = [
 ]
 
 
+KERNELS = ("auto", "torch", "reference")
+
+Metrics = dict[tuple[int, int], list[dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], list[dict[str, Any]]]:
-    """Logged steps by (stage, ranks): 43 rows in global batches of 16, so that every third window is short."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Metrics, dict[str, list[dict[str, Any]]]]:
+    """Logged steps by (stage, ranks), and by kernels with cross-entropy alone: 43 rows in global batches of 16, so that
+    every third window is short."""
     folder = tmp_path_factory.mktemp("zero")
     write_model(folder / "model")
     write_rows(folder / "train.jsonl", 43)
     write_rows(folder / "validation.jsonl", 21, seed=1)
-    found = {}
+    made: dict[tuple[int, int], runs.Run] = {}
     for world_size in WORLD_SIZES:
-        made: dict[int, runs.Run] = {}
         for stage in STAGES:
             values = recipe_values(
                 folder,
@@ -41,10 +45,23 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], l
                 training={"max_grad_norm": 0.5},
             )
             values["data"] = {**recipe_values(folder, "x")["data"], "weight_column": "weight"}
-            made[stage] = make_run(values, world_size)
-        train_together(list(made.values()), world_size)
-        found |= {(stage, world_size): read_metrics(run.metrics) for stage, run in made.items()}
-    return found
+            made[stage, world_size] = make_run(values, world_size)
+    by_kernels = {
+        kernels: make_run(recipe_values(folder, kernels, losses=LOSSES[:1]) | {"kernels": kernels}, 1)
+        for kernels in KERNELS
+    }
+    jobs = {size: [Job(str(run.path)) for (_, ranks), run in made.items() if ranks == size] for size in WORLD_SIZES}
+    jobs[1] += [Job(str(run.path)) for run in by_kernels.values()]
+    work_together(list(jobs.items()))
+    return (
+        {key: read_metrics(run.metrics) for key, run in made.items()},
+        {kernels: read_metrics(run.metrics) for kernels, run in by_kernels.items()},
+    )
+
+
+@pytest.fixture(scope="module")
+def metrics(trained: tuple[Metrics, Any]) -> Metrics:
+    return trained[0]
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -66,17 +83,8 @@ def test_penalties_are_not_zero_and_shrink_what_they_name(metrics: dict[tuple[in
         assert steps[-1]["train/l2_penalty"] < steps[0]["train/l2_penalty"]
 
 
-@pytest.mark.parametrize("kernels", ["torch", "reference"])
-def test_losses_are_the_same_whatever_computes_them(kernels: str, tmp_path: Path) -> None:
-    write_model(tmp_path / "model")
-    write_rows(tmp_path / "train.jsonl", 43)
-    write_rows(tmp_path / "validation.jsonl", 21, seed=1)
-    steps = []
-    for which in ("auto", kernels):
-        values = recipe_values(tmp_path, which if which != "auto" else f"beside-{kernels}", losses=LOSSES[:1])
-        run = make_run(values | {"kernels": which}, 1)
-        train_together([run], 1)
-        steps.append(read_metrics(run.metrics))
-    for expected, found in zip(*steps, strict=True):
+@pytest.mark.parametrize("kernels", KERNELS[1:])
+def test_losses_are_the_same_whatever_computes_them(kernels: str, trained: tuple[Metrics, Any]) -> None:
+    for expected, found in zip(trained[1]["auto"], trained[1][kernels], strict=True):
         for key in ("train/loss", "train/cross_entropy", "train/grad_norm"):
             assert found[key] == pytest.approx(expected[key], rel=1e-5)
