@@ -126,7 +126,7 @@ class _Sending:
         if (problem := wandb_run.key_problem()) is not None:
             return self._fail(due, problem)
         if (problem := wandb_run.server_problem(4.0)) is not None:
-            return self._later(due, problem)
+            return self._later(due, problem, "server")
         for sender in due:
             try:
                 sender.turn(self.watch)
@@ -137,7 +137,8 @@ class _Sending:
                 if wandb_run.will_last(error):
                     self._fail([sender], str(error))
                 else:
-                    self._later([sender], f"{sender.run.name}: {error or type(error).__name__}")
+                    line = f"{sender.run.name}: {error or type(error).__name__}"
+                    self._later([sender], line, line)
         return None
 
     def _left(self) -> list[_Sender]:
@@ -152,13 +153,14 @@ class _Sending:
             sender.done = True
             self.failures.append(f"{sender.run}: not sent: {reason}".replace("\n", "\n  "))
 
-    def _later(self, senders: list[_Sender], reason: str) -> None:
+    def _later(self, senders: list[_Sender], reason: str, trouble: str) -> None:
+        """Says the reason once, as long as the trouble is the same: a server fails in many words."""
         if not self.watch:
             return self._fail(senders, reason)
-        if all(sender.trouble != reason for sender in self.senders):
+        if all(sender.trouble != trouble for sender in self.senders):
             say(f"{reason}; trying again until it works")
         for sender in senders:
-            sender.trouble, sender.pause = reason, min(max(2 * sender.pause, 2 * SECONDS), LONGEST_PAUSE)
+            sender.trouble, sender.pause = trouble, min(max(2 * sender.pause, 2 * SECONDS), LONGEST_PAUSE)
             sender.due = time.monotonic() + sender.pause
         return None
 
