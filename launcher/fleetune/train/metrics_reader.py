@@ -2,7 +2,7 @@
 
 The file is opened anew each time, because a network file system shows what others have written to who opens the file.
 A resumed run cuts it back to its checkpoint: then it is read anew from its start, and the steps that were given before
-are passed over. They are computed again bit for bit, as everything after the checkpoint is.
+are passed over. What is computed again is the same, bit for bit on CPUs in fp32.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 The program behind `fleetune sync`, which knows which runs are over and tells so: RUN/metrics.jsonl is read and nothing
 on the nodes is asked. Where to go on is the server's to say, each time that a run is opened on it, and every step after
-that is given once (`metrics_reader.py`): a step that is computed again after a resume is passed over, as it is the same
-bit for bit. With `watch` a run stays open on the server as long as it goes on; whatever fails is done again, from what
-the server has, after a pause that grows.
+that is given once (`metrics_reader.py`): one that is computed again after a resume is passed over, as it is the same.
+With `watch` a run stays open on the server as long as it goes on; whatever fails is done again, from what the server
+has, after a pause that grows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from fleetune import runs
 from fleetune.train import wandb_run
 from fleetune.train.metrics_reader import MetricsReader
-from fleetune.train.wandb_run import WandbRun
+from fleetune.train.wandb_run import BeingSent, WandbRun
 
 SECONDS = 3.0  # between two looks
 LONGEST_PAUSE = 300.0
@@ -94,7 +94,6 @@ class _Sender:
         for step, values in self.reader.steps(self.over):
             self.opened.log(step, values)
         if self.opened.refused.is_set():
-            self.drop()
             raise NotSent("the server takes no more of it")
 
     def close(self) -> None:
@@ -106,7 +105,7 @@ class _Sender:
                 raise NotSent("the server has not taken all of it")
 
     def drop(self) -> None:
-        """Without sending what is left: the server is asked what it has when the run is opened again."""
+        """Without sending what is left."""
         if self.opened is not None:
             self.opened.release()
             self.opened = None
@@ -131,15 +130,23 @@ class _Sending:
             try:
                 sender.turn(self.watch)
                 sender.trouble, sender.pause = "", 0.0
+            except BeingSent as error:
+                self._later([sender], f"{sender.run.name}: {error}", str(error))
             except Exception as error:
                 traceback.print_exc()
-                sender.drop()
+                self._start_over()
+                line = f"{sender.run.name}: {error or type(error).__name__}"
                 if wandb_run.will_last(error):
                     self._fail([sender], str(error))
                 else:
-                    line = f"{sender.run.name}: {error or type(error).__name__}"
                     self._later([sender], line, line)
         return None
+
+    def _start_over(self) -> None:
+        """Nothing stays open: the server is asked what it has when a run is opened again."""
+        for sender in self.senders:
+            sender.drop()
+        wandb_run.close_all(at_once=True)
 
     def _left(self) -> list[_Sender]:
         return [sender for sender in self.senders if not sender.done]
@@ -204,7 +211,6 @@ def main() -> None:
                     senders[path].over = True
         except EOFError:
             sending.stop()
-        wandb_run.close_all()
     if sending.failures:
         print("fleetune: error: " + "\n".join(sending.failures), file=sys.stderr, flush=True)
     sys.stderr.flush()

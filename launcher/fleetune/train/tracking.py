@@ -46,12 +46,11 @@ from fleetune.train.wandb_run import (
     FLUSH_SECONDS,
     WandbRun,
     close_all,
-    key_problem,
     locked,
+    obstacle,
     open_offline,
     open_online,
     remove_logs,
-    server_problem,
     wandb_logs,
 )
 
@@ -157,7 +156,7 @@ def open_run(run: Path, options: dict[str, Any]) -> tuple[WandbRun, str]:
     """wandb's run, online if that can be, and the line for the user. Raises whatever wandb raises."""
     reason = "as chosen" if options["mode"] == "offline" else None
     if options["mode"] == "auto":
-        reason = key_problem() or server_problem(min(4.0, options["init_timeout"]))
+        reason = obstacle(min(4.0, options["init_timeout"]))
     if reason is None:
         logs = wandb_logs(run)
         try:
@@ -213,7 +212,7 @@ def main() -> None:
         return bool(last_word) or os.getppid() != parent
 
     try:
-        with locked(run / "wandb" / "feeder.lock", LOCK_SECONDS, "another feeder is at work on this run"):
+        with locked(run / "wandb" / "feeder.lock", LOCK_SECONDS):
             # Twice, because a SIGTERM to all ends wandb's service: what that had not written, the second one is given.
             try:
                 done = feed(run, options, ended, last_word)

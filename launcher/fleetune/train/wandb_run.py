@@ -24,11 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import psutil
 import yaml
 
 from fleetune import runs
 
 FLUSH_SECONDS = 1.0  # wandb writes its log this often; it loses what is younger when it is killed
+
+
+class BeingSent(RuntimeError):
+    """Another process is sending this run."""
 
 
 @dataclass
@@ -88,10 +93,13 @@ def open_online(
     `ends` says that its end here is the run's, or an attempt's: else the server shows it as running on.
 
     Raises:
-        TimeoutError: another process is sending this run.
+        BeingSent: another process is sending this run.
         Exception: whatever wandb raises.
     """
-    lock = locked(run / "wandb" / "sending.lock", lock_seconds, "another process is sending this run")
+    try:
+        lock = locked(run / "wandb" / "sending.lock", lock_seconds)
+    except TimeoutError:
+        raise BeingSent("another process is sending this run") from None
     refused = threading.Event()
     try:
         online = _init(run, options, "online", folder, refused, finish_timeout, x_update_finish_state=ends)
@@ -116,11 +124,18 @@ def open_offline(run: Path, options: dict[str, Any], finish_timeout: float) -> W
     return WandbRun(run, offline, first, refused)
 
 
-def close_all() -> None:
-    """Whatever wandb has open in this process, and its service."""
+def close_all(at_once: bool = False) -> None:
+    """Whatever wandb has open in this process, and its service; `at_once` without sending what is left.
+
+    A run that is broken stays with the service, which then refuses to open it again.
+    """
     import wandb
 
-    with contextlib.suppress(Exception):
+    for child in psutil.Process().children() if at_once else ():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name().startswith("wandb"):
+                child.kill()
+    with contextlib.suppress(Exception, SystemExit):  # it exits with its service's code
         wandb.teardown()
 
 
@@ -197,6 +212,11 @@ def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 # --- What keeps us from the server ---
+
+
+def obstacle(timeout: float) -> str | None:
+    """What keeps us from the server: no key, or no answer; None if nothing does."""
+    return key_problem() or server_problem(timeout)
 
 
 def key_problem() -> str | None:
@@ -310,8 +330,8 @@ def _noted(run: Path, name: Literal["fed", "sent"]) -> int:
     return -1
 
 
-def locked(path: Path, seconds: float, otherwise: str) -> IO[str]:
-    """The open file that holds the lock, as long as it is open. Raises TimeoutError with `otherwise`."""
+def locked(path: Path, seconds: float) -> IO[str]:
+    """The open file that holds the lock, as long as it is open. Raises TimeoutError."""
     file, give_up = path.open("w", encoding="utf-8"), time.monotonic() + seconds
     while True:
         try:
@@ -320,7 +340,7 @@ def locked(path: Path, seconds: float, otherwise: str) -> IO[str]:
         except BlockingIOError:
             if time.monotonic() >= give_up:
                 file.close()
-                raise TimeoutError(otherwise) from None
+                raise TimeoutError(f"{path}: another process has held this lock for {seconds:g} s") from None
             time.sleep(0.1)
         except OSError:
             return file  # a file system without locks
