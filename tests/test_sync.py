@@ -201,21 +201,18 @@ def test_a_server_that_does_not_answer_is_said_once_and_tried_again(
     training = Training(tmp_path / "one")
     training.begin()
     training.write(1, 2)
-    server.answering.clear()
     begun.append(sync := Sync("--watch", str(training.run.path)))
-    wait_for(sync.said)
-    assert sync.said() == f"wandb: no answer from {server.url} in 4 s; trying again until it works"
-    server.answering.set()
     wait_for(lambda: server.steps() == [1], said=sync.said)
-    server.answering.clear()  # with the run open
+    server.answering.clear()
     training.write(3, 4)
     training.end()
-    wait_for(lambda: sync.said().count("trying again") == 2)
-    time.sleep(8)  # it tries again
+    said = f"wandb: no answer from {server.url} in 4 s; trying again until it works"
+    wait_for(lambda: said in sync.said())
+    time.sleep(11)  # it tries again
     server.answering.set()
     assert sync.end(120) == 0, sync.said()
     assert server.steps() == [1, 2, 3, 4]
-    assert sync.said().count("trying again") == 2
+    assert sync.said().count("trying again") == 1
 
 
 def test_ctrl_c_ends_it_and_the_next_one_goes_on(tmp_path: Path, server: Server, begun: list[Sync]) -> None:
