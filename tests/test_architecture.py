@@ -35,7 +35,7 @@ RULES = (
         ("deepspeed",),
         tuple(f"{FLEETUNE}/train/{n}.py" for n in ("engine", "zero", "checkpoint")),
     ),
-    Rule(f"{FLEETUNE}/**/*.py", ("wandb",), (f"{FLEETUNE}/train/tracking.py",)),
+    Rule(f"{FLEETUNE}/**/*.py", ("wandb",), (f"{FLEETUNE}/train/wandb_run.py",)),
     Rule(f"{FLEETUNE}/**/*.py", ("submitit",), (f"{FLEETUNE}/cluster/submit.py",)),
     # The losses, and the heads that are fused with theirs.
     Rule(

@@ -19,7 +19,7 @@ KEY = "a" * 40  # of the form of an API key
 
 
 class Server(ThreadingHTTPServer):
-    """As much of Weights & Biases as a run needs: it keeps the history that it is sent.
+    """As much of Weights & Biases as runs need: it keeps the history that it is sent of each, by the run's id.
 
     A row stands at its offset, as in wandb's file stream: what is sent to the same offset again takes its place.
     With `answering` cleared it takes connections and requests, never answers them, and keeps nothing: a black hole.
@@ -31,48 +31,61 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.history: list[dict[str, Any]] = []
-        self.summary: dict[str, Any] = {}
+        self.histories: dict[str, list[dict[str, Any]]] = {}
+        self.summaries: dict[str, dict[str, Any]] = {}
+        self.exit_codes: dict[str, int] = {}  # of the runs that were ended
         self.answering = threading.Event()
         self.answering.set()
 
-    def steps(self) -> list[int]:
-        return [row["_step"] for row in self.history]
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Of the one run that there is."""
+        return next(iter(self.histories.values()), [])
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return next(iter(self.summaries.values()), {})
+
+    def steps(self, run: str | None = None) -> list[int]:
+        return [row["_step"] for row in (self.history if run is None else self.histories.get(run, []))]
 
     def graphql(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
-        names = {"id": "b", "name": "abc", "displayName": "abc"}
+        run = str(variables.get("name"))
+        history, names = self.histories.get(run, []), {"id": "b", "name": run, "displayName": run}
         project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
         if operation == "UpsertBucket":
-            count = len(self.history)
-            bucket = names | {"project": project, "historyLineCount": count}
-            return {"upsertBucket": {"inserted": not count, "bucket": bucket}}
+            bucket = names | {"project": project, "historyLineCount": len(history)}
+            return {"upsertBucket": {"inserted": not history, "bucket": bucket}}
         if operation == "RunResumeStatus":
-            counts = {f"{kind}LineCount": len(self.history) for kind in ("log", "history", "events")}
+            counts = {f"{kind}LineCount": len(history) for kind in ("log", "history", "events")}
             texts = (
                 {
-                    "summaryMetrics": json.dumps(self.summary),
-                    "historyTail": json.dumps([json.dumps(self.history[-1])]),
+                    "summaryMetrics": json.dumps(self.summaries.get(run, {})),
+                    "historyTail": json.dumps([json.dumps(history[-1])]),
                     "eventsTail": "[]",
                     "config": "{}",
                     "wandbConfig": '{"t": 1}',
                     "tags": [],
                 }
-                if self.history
+                if history
                 else {}
             )
-            return {"model": project | {"bucket": names | counts | texts if self.history else None}}
+            return {"model": project | {"bucket": names | counts | texts if history else None}}
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
         return {}
 
-    def take(self, files: dict[str, Any]) -> None:
-        for name, part in files.items():
+    def take(self, run: str, sent: dict[str, Any]) -> None:
+        for name, part in sent.get("files", {}).items():
             rows = [json.loads(row) for row in part["content"]]
             if name == "wandb-history.jsonl":
-                self.history[part["offset"] : part["offset"] + len(rows)] = rows
+                history = self.histories.setdefault(run, [])
+                history[part["offset"] : part["offset"] + len(rows)] = rows
             if name == "wandb-summary.json":
-                self.summary = rows[-1]
+                self.summaries[run] = rows[-1]
+        if sent.get("complete"):
+            self.exit_codes[run] = sent["exitcode"]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -91,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
             request = json.loads(body)
             reply = {"data": self.server.graphql(request.get("operationName"), request["variables"])}
         elif self.path.endswith("/file_stream"):
-            self.server.take(json.loads(body).get("files", {}))
+            self.server.take(self.path.split("/")[-2], json.loads(body))
         content = json.dumps(reply).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))

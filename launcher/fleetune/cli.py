@@ -196,6 +196,7 @@ def submit(
     fresh: Annotated[bool, typer.Option("--fresh", help="A new run under the next free name.")] = False,
 ) -> None:
     """Send a recipe to a Slurm cluster; the same command again attaches to the job that is there."""
+    from fleetune import runs
     from fleetune.cluster import preflight, slurm
     from fleetune.cluster.profile import load_profile
     from fleetune.cluster.submit import script, submit, test_only
@@ -219,6 +220,10 @@ def submit(
         _fail(str(error), 1)
     typer.echo(f"{sent.run.path}: job {sent.job}, {'sent' if sent.is_new else sent.state.lower() + ' already'}")
     typer.echo(f"see it    fleetune status {sent.run.path}")
+    if (url := runs.wandb_url(sent.run)) is not None:
+        typer.echo(f"wandb     {url}")
+    elif loaded.tracking.wandb is not None and not profile.internet:
+        typer.echo(f"send it   fleetune sync --watch {sent.run.path}")
 
 
 AnyRuns = Annotated[
@@ -230,7 +235,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder."
 @app.command()
 def status(folders: AnyRuns = None) -> None:
     """What runs are doing: state, attempts, nodes, step, what is left, last loss, goodput."""
-    from fleetune import report
+    from fleetune import report, runs
     from fleetune.cluster import slurm
     from fleetune.schema import RecipeError
 
@@ -239,6 +244,9 @@ def status(folders: AnyRuns = None) -> None:
         _print_table(report.statuses(folders, slurm.jobs_of(folders)))
     except (RecipeError, slurm.SlurmFailed) as error:
         _fail(str(error))
+    for folder in folders:
+        if (url := runs.wandb_url(runs.Run(folder))) is not None:
+            typer.echo(f"{folder.name}: {url}")
 
 
 @app.command()
@@ -485,19 +493,23 @@ def verify(
 
 
 @app.command()
-def sync(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]) -> None:
-    """Send to Weights & Biases what it does not have of a run yet."""
-    import subprocess
+def sync(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", show_default=False)],
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until every run has ended.")] = False,
+) -> None:
+    """Send to Weights & Biases what it does not have of runs; they may be at work, on nodes that do not reach it."""
+    from fleetune.schema import RecipeError
+    from fleetune.sync import NotSent, sync
 
-    from fleetune.cluster import local
-
-    if not (run / "wandb" / "feeder.json").exists():
-        _fail(f"{run}: is no run that was tracked by wandb (it has no wandb/feeder.json)")
-    command = [sys.executable, "-m", "fleetune.train.tracking", str(run.resolve())]
-    done = subprocess.run(command, env=local.rank_environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        _fail(done.stdout.strip() or done.stderr.strip().splitlines()[-1], 1)
-    typer.echo(done.stdout.strip())
+    try:
+        code = sync(folders, watch)
+    except RecipeError as error:
+        _fail(str(error))
+    except NotSent as error:
+        _fail(str(error), 1)
+    if code:
+        typer.echo("stopped; the same command goes on")
+        raise typer.Exit(code)
 
 
 @app.command()

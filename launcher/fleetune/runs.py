@@ -254,6 +254,13 @@ def append_jsonl(path: Path, value: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
+def wandb_url(run: Run) -> str | None:
+    """Where Weights & Biases shows the run, by its own word; None where its server has not had it."""
+    with contextlib.suppress(OSError):
+        return (run.path / "wandb" / "url.txt").read_text(encoding="utf-8")
+    return None
+
+
 # ---------------------------------------------------------------- the lease
 
 

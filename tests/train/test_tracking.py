@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from wandb_server import KEY, Server, black_hole, refusing, serving, sync, wandb_environment
 
-from fleetune.train import tracking
 from fleetune.train.metrics_log import MetricsLog, read_metrics
 from fleetune.train.tracking import start_feeder, status, stop_feeder
+from fleetune.train.wandb_run import logged_steps, wandb_logs
 
 # --- metrics.jsonl ---
 
@@ -116,8 +116,8 @@ class Run:
 
     def logged(self) -> list[int]:
         """The steps in all of wandb's logs, in the order of their start."""
-        logs = sorted(tracking.wandb_logs(self.path), key=lambda log: log.parent.name.partition("run-")[2])
-        return [step for log in logs for step in tracking.logged_steps(log)]
+        logs = sorted(wandb_logs(self.path), key=lambda log: log.parent.name.partition("run-")[2])
+        return [step for log in logs for step in logged_steps(log)]
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> None:
@@ -194,7 +194,7 @@ def test_a_server_that_never_answers_is_given_up(
         assert run.once(mode, init_timeout=2.0).startswith("wandb: offline (")
     assert time.monotonic() - start < 12
     assert run.logged() == [1, 2]
-    assert [log.parent.name.startswith("offline") for log in tracking.wandb_logs(run.path)] == [True]
+    assert [log.parent.name.startswith("offline") for log in wandb_logs(run.path)] == [True]
 
 
 def test_wandb_mode_is_obeyed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +328,7 @@ def test_numbers_are_sent_and_no_text(run: Run, server: Server) -> None:
 
 def send(run: Path) -> str:
     """What the line tells the user to do once the run was online."""
-    command = [sys.executable, "-m", "fleetune.train.tracking", str(run)]
+    command = [sys.executable, "-m", "fleetune.cli", "sync", str(run)]
     environment = os.environ | {"PYTHONPATH": "launcher"}
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
@@ -365,7 +365,7 @@ def test_a_server_that_falls_silent_costs_seconds_and_no_step(run: Run, server: 
     assert line == f"wandb: {server.url}/e/p/runs/abc; not everything was sent, {send_line(run)}"
     server.answering.set()
     assert "No runs to sync" in sync(run.path)  # it would send again what the server has
-    assert send(run.path) == f"wandb: {server.url}/e/p/runs/abc\n"
+    assert send(run.path) == f"wandb: run: {server.url}/e/p/runs/abc\nwandb: run: all sent, up to step 40\n"
     assert [(row["_step"], row["loss"]) for row in server.history] == [(10, 5.0), (20, 10.0), (30, 15.0), (40, 20.0)]
     send(run.path)
     assert server.steps() == [10, 20, 30, 40]
@@ -400,6 +400,6 @@ def test_what_cannot_be_sent_says_why(run: Run, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WANDB_API_KEY", "short")
     with pytest.raises(subprocess.CalledProcessError) as failed:
         send(run.path)
-    assert failed.value.stderr.splitlines()[-1].startswith("wandb: not sent: ")
+    assert failed.value.stderr.startswith(f"error: {run.path}: not sent: WANDB_API_KEY invalid: ")
     assert "Traceback" not in failed.value.stderr
     assert run.logged() == [10, 20]

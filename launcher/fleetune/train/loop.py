@@ -25,6 +25,7 @@ from fleetune.train.data import Prepared, prepare
 from fleetune.train.distributed import World
 from fleetune.train.evaluate import evaluate
 from fleetune.train.model import build_model, load_tokenizer
+from fleetune.train.node_load import node_load
 from fleetune.train.notes import Notes, say, start_notes
 from fleetune.train.objectives import Term, build_penalties, build_terms
 from fleetune.train.optim import learning_rate
@@ -166,6 +167,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
                 "train/epoch": epoch,
                 "data/order": progress.order,
                 **meter.read(progress),
+                **node_load(world),
             }
             note.step(progress.step, values)
 

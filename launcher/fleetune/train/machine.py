@@ -30,7 +30,7 @@ def devices() -> dict[str, Any]:
 
 def tracking() -> dict[str, Any]:
     """What keeps a run from Weights & Biases, as training itself would find it; no key is shown."""
-    from fleetune.train.tracking import obstacle
+    from fleetune.train.wandb_run import obstacle
 
     return {"obstacle": obstacle(3.0)}
 
