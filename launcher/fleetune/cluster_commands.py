@@ -1,0 +1,206 @@
+"""The commands for a cluster: sending, seeing, stopping. Bodies import what they need when they run, as in `cli`."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fleetune.terminal import AnyRuns, Overrides, RecipeFile, RunFolder, fail, load, print_table
+
+
+def submit(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        Path, typer.Option(help="The cluster's profile, e.g. slurm/gpu8.yaml.", show_default=False)
+    ] = ...,  # type: ignore[assignment]
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the script and what sbatch says of it; send nothing.")
+    ] = False,
+    after: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Start once this run's job is done.", show_default=False)
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="A new run under the next free name.")] = False,
+) -> None:
+    """Send a recipe to a Slurm cluster; the same command again attaches to the job that is there."""
+    from fleetune import runs
+    from fleetune.cluster import preflight, slurm
+    from fleetune.cluster.profile import load_profile
+    from fleetune.cluster.submit import script, submit, test_only
+    from fleetune.schema import RecipeError
+
+    loaded = load(recipe, overrides)
+    try:
+        profile = load_profile(cluster)
+        before = None if after is None else slurm.job_of(after)
+        for line in preflight.check(loaded, profile, cluster):
+            typer.echo(f"warning   {line}", err=True)
+        if dry_run:
+            text = script(loaded, profile, before)
+            typer.echo(text)
+            typer.echo(f"sbatch --test-only: {test_only(text)}")
+            return
+        sent = submit(loaded, profile, fresh, before)
+    except RecipeError as error:
+        fail(str(error))
+    except slurm.SlurmFailed as error:
+        fail(str(error), 1)
+    typer.echo(f"{sent.run.path}: job {sent.job}, {'sent' if sent.is_new else sent.state.lower() + ' already'}")
+    typer.echo(f"see it    fleetune status {sent.run.path}")
+    if (url := runs.wandb_url(sent.run)) is not None:
+        typer.echo(f"wandb     {url}")
+    elif loaded.tracking.wandb is not None and not profile.internet:
+        typer.echo(f"send it   fleetune sync --watch {sent.run.path}")
+
+
+def status(folders: AnyRuns = None) -> None:
+    """What runs are doing: state, attempts, nodes, step, what is left, last loss, goodput."""
+    from fleetune import report, runs
+    from fleetune.cluster import slurm
+    from fleetune.schema import RecipeError
+
+    folders = folders or _runs_here()
+    try:
+        print_table(report.statuses(folders, slurm.jobs_of(folders)))
+    except (RecipeError, slurm.SlurmFailed) as error:
+        fail(str(error))
+    for folder in folders:
+        if (url := runs.wandb_url(runs.Run(folder))) is not None:
+            typer.echo(f"{folder.name}: {url}")
+
+
+def watch(folders: AnyRuns = None) -> None:
+    """Runs live in the terminal, with the loss as a chart, until all have ended or Ctrl-C."""
+    import contextlib
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from fleetune import report
+    from fleetune.cluster import slurm
+    from fleetune.schema import RecipeError
+
+    folders, console = folders or _runs_here(), Console()
+    try:
+        jobs = slurm.jobs_of(folders)
+        if not console.is_terminal:
+            Console(width=200).print(report.live(folders, jobs, 100))
+            return
+        with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as shown:
+            for looks in itertools.count():
+                if looks % 5 == 4:  # every 10 s: the controller is everybody's
+                    jobs = slurm.jobs_of(folders)
+                shown.update(report.live(folders, jobs, console.width), refresh=True)
+                if not any(report.goes_on(folder, jobs.get(folder)) for folder in folders):
+                    return
+                time.sleep(2.0)
+    except (RecipeError, slurm.SlurmFailed) as error:
+        fail(str(error))
+
+
+def why(run: RunFolder) -> None:
+    """What happened to a run, what to do, and where its time went."""
+    import textwrap
+
+    from fleetune import runs
+    from fleetune.cluster import slurm
+    from fleetune.cluster.why import why as paragraphs
+    from fleetune.schema import RecipeError
+
+    try:
+        for paragraph in paragraphs(runs.Run(run)):
+            typer.echo(textwrap.fill(paragraph, 100, break_long_words=False, break_on_hyphens=False))
+    except (RecipeError, slurm.SlurmFailed) as error:
+        fail(str(error))
+
+
+def _runs_here() -> list[Path]:
+    found = sorted(path.parent for path in Path("runs").glob("*/run.json"))
+    return found or fail("no run folder is given, and there is none in runs/")
+
+
+def cancel(run: RunFolder, now: Annotated[bool, typer.Option("--now", help="Without saving.")] = False) -> None:
+    """Stop a run on the cluster; it is saved first, and `submit` goes on with it."""
+    from fleetune import runs
+    from fleetune.cluster import slurm
+    from fleetune.schema import RecipeError
+
+    try:
+        job = slurm.job_of(run)
+        runs.write_json(run / "cancel.json", {"job": job})
+        (slurm.cancel if now else slurm.stop)(job)
+    except (RecipeError, slurm.SlurmFailed) as error:
+        fail(str(error))
+    typer.echo(f"{run}: job {job} is asked to {'end at once' if now else 'save and end'}")
+
+
+def logs(
+    run: RunFolder,
+    rank: Annotated[int, typer.Option(min=0)] = 0,
+    attempt: Annotated[int | None, typer.Option(min=1, help="The last when absent.", show_default=False)] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it grows.")] = False,
+) -> None:
+    """The log of a rank."""
+    import time
+
+    from fleetune import runs
+    from fleetune.attempts import log_of
+    from fleetune.schema import RecipeError
+
+    try:
+        path = log_of(runs.Run(run), rank, attempt)
+    except RecipeError as error:
+        fail(str(error))
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while True:
+            sys.stdout.write(file.read())
+            sys.stdout.flush()
+            if not follow:
+                return
+            time.sleep(0.5)
+
+
+def doctor(
+    cluster: Annotated[
+        Path | None, typer.Option(metavar="PROFILE", help="A cluster's profile to hold against it.", show_default=False)
+    ] = None,
+) -> None:
+    """Look at this machine and its Slurm for what would go wrong. Nothing is changed."""
+    from fleetune import report
+    from fleetune.cluster.doctor import examine
+    from fleetune.cluster.profile import load_profile
+    from fleetune.schema import RecipeError
+
+    try:
+        profile = None if cluster is None else load_profile(cluster)
+    except RecipeError as error:
+        fail(str(error))
+    rows = examine(profile, cluster)
+    print_table(report.examined(rows), 140)
+    problems = [f"{row.what}: {row.found}" for row in rows if row.state == "problem"]
+    if problems:
+        fail("\n".join(problems), 1)  # whole, where the table folds them
+
+
+def sync(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", show_default=False)],
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until every run has ended.")] = False,
+) -> None:
+    """Send to Weights & Biases what it does not have of runs; they may be at work, on nodes that do not reach it."""
+    from fleetune.schema import RecipeError
+    from fleetune.sync import NotSent, sync
+
+    try:
+        code = sync(folders, watch)
+    except RecipeError as error:
+        fail(str(error))
+    except NotSent as error:
+        fail(str(error), 1)
+    if code:
+        typer.echo("stopped; the same command goes on")
+        raise typer.Exit(code)

@@ -1,0 +1,60 @@
+"""What the commands share: their arguments, how they fail, how they show a table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fleetune.schema import Recipe
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY.PATH=VALUE]...",
+        show_default=False,
+        help="Changes to the recipe, e.g. training.learning_rate=3e-5.",
+    ),
+]
+Nodes = Annotated[int, typer.Option(min=1, help="More than 1 emulates nodes on this machine.")]
+Nproc = Annotated[
+    int | None, typer.Option(min=1, help="Ranks on each node; the GPUs, or 1, when absent.", show_default=False)
+]
+
+
+AnyRuns = Annotated[
+    list[Path] | None, typer.Argument(metavar="[RUN]...", help="Those in runs/ when absent.", show_default=False)
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    for line in message.splitlines():
+        typer.echo(f"error: {line}" if not line.startswith(" ") else line, err=True)
+    raise typer.Exit(code)
+
+
+def load(file: Path, overrides: list[str] | None) -> Recipe:
+    from fleetune.cluster.profile import is_profile
+    from fleetune.recipe import load_recipe
+    from fleetune.schema import RecipeError
+
+    try:
+        return load_recipe(file, overrides)
+    except RecipeError as error:
+        if is_profile(file):
+            fail(f"{file}: is a cluster profile, not a recipe; it goes after --cluster")
+        fail(str(error))
+
+
+def print_table(table: Table, width: int = 200) -> None:
+    """As wide as the terminal; of a fixed width elsewhere."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else width).print(table)
