@@ -85,9 +85,26 @@ def test_steps_that_are_not_saved_are_lost_once_an_attempt_has_ended(tmp_path: P
 def test_an_attempt_at_work_is_counted_to_now(tmp_path: Path) -> None:
     run = Run(tmp_path)
     attempt(run, 0.0, None)
-    assert parts(ledger_of(run, now=7.0)) == {"starting": 7.0}
-    runs.write_json(run.logs(1) / "progress.json", progress(1, 5, 0, 8.0, 13.0))
-    assert parts(ledger_of(run, now=14.0)) == {"starting": 8.0, "productive": 6.0}
+    with runs.lease(run):
+        assert parts(ledger_of(run, now=7.0)) == {"starting": 7.0}
+        runs.write_json(run.logs(1) / "progress.json", progress(1, 5, 0, 8.0, 13.0))
+        assert parts(ledger_of(run, now=14.0)) == {"starting": 8.0, "productive": 6.0}
+
+
+def test_of_an_attempt_that_was_cut_off_only_what_it_told_counts(tmp_path: Path) -> None:
+    """Nobody worked in the night that followed, and what was not saved is gone."""
+    run = Run(tmp_path)
+    attempt(run, 0.0, None, progress(1, 600, 500, 8.0, 608.0))
+    assert parts(ledger_of(run, now=86400.0)) == {"starting": 8.0, "productive": 500.0, "lost": 100.0}
+    attempt(run, 86400.0, 86510.0, progress(501, 600, 600, 86410.0, 86510.0))
+    assert parts(ledger_of(run)) == {"starting": 18.0, "productive": 600.0, "recomputed": 100.0}
+
+
+def test_a_run_of_an_older_fleetune_has_a_ledger_too(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for event, second in (("start", "00"), ("end", "30")):
+        runs.append_jsonl(run.attempts, {"attempt": 1, "event": event, "time": f"2026-01-01T00:00:{second}+00:00"})
+    assert parts(ledger_of(run)) == {"lost": 30.0}
 
 
 def test_a_run_that_has_not_begun_has_an_empty_ledger(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def end_attempt(
             "reason": reason,
             **({} if kind is None else {"kind": kind}),
             "nodes": start.get("nodes", []),
-            "seconds": round(at - epoch_of(start["began"]), 3) if start else None,
+            "seconds": round(at - began_of(start), 3) if start else None,
             "first_step": steps.get("first_step"),
             "last_step": steps.get("saved_step"),
         },
@@ -76,6 +76,11 @@ def progress_of(run: Run, number: int) -> dict[str, Any]:
     """How far the attempt came, as its main rank wrote it down last; {} where it came to no training."""
     path = run.logs(number) / "progress.json"
     return read_json(path) if path.exists() else {}
+
+
+def began_of(start: dict[str, Any]) -> float:
+    """When an attempt's nodes began to work for it, in seconds since the epoch; `start` is its line."""
+    return epoch_of(start.get("began", start["time"]))
 
 
 def epoch_of(time: str) -> float:

@@ -30,21 +30,22 @@ def submit(
     from fleetune import runs
     from fleetune.cluster import preflight, slurm
     from fleetune.cluster.profile import load_profile
-    from fleetune.cluster.submit import script, submit, test_only
+    from fleetune.cluster.submit import script, standing, submit, test_only
     from fleetune.schema import RecipeError
 
     loaded = load(recipe, overrides)
     try:
         profile = load_profile(cluster)
         before = None if after is None else slurm.job_of(after)
-        for line in preflight.check(loaded, profile, cluster):
+        sent = None if fresh or dry_run else standing(loaded)
+        for line in preflight.check(loaded, profile, cluster) if sent is None else ():
             typer.echo(f"warning   {line}", err=True)
         if dry_run:
             text = script(loaded, profile, before)
             typer.echo(text)
             typer.echo(f"sbatch --test-only: {test_only(text)}")
             return
-        sent = submit(loaded, profile, fresh, before)
+        sent = sent or submit(loaded, profile, fresh, before)
     except RecipeError as error:
         fail(str(error))
     except slurm.SlurmFailed as error:
@@ -66,8 +67,10 @@ def status(folders: AnyRuns = None) -> None:
     folders = folders or _runs_here()
     try:
         print_table(report.statuses(folders, slurm.jobs_of(folders)))
-    except (RecipeError, slurm.SlurmFailed) as error:
+    except RecipeError as error:
         fail(str(error))
+    except slurm.SlurmFailed as error:
+        fail(str(error), 1)
     for folder in folders:
         if (url := runs.wandb_url(runs.Run(folder))) is not None:
             typer.echo(f"{folder.name}: {url}")
@@ -94,13 +97,16 @@ def watch(folders: AnyRuns = None) -> None:
         with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as shown:
             for looks in itertools.count():
                 if looks % 5 == 4:  # every 10 s: the controller is everybody's
-                    jobs = slurm.jobs_of(folders)
+                    with contextlib.suppress(slurm.SlurmFailed):  # it may be starting anew
+                        jobs = slurm.jobs_of(folders)
                 shown.update(report.live(folders, jobs, console.width), refresh=True)
                 if not any(report.goes_on(folder, jobs.get(folder)) for folder in folders):
                     return
                 time.sleep(2.0)
-    except (RecipeError, slurm.SlurmFailed) as error:
+    except RecipeError as error:
         fail(str(error))
+    except slurm.SlurmFailed as error:
+        fail(str(error), 1)
 
 
 def why(run: RunFolder) -> None:
@@ -115,8 +121,10 @@ def why(run: RunFolder) -> None:
     try:
         for paragraph in paragraphs(runs.Run(run)):
             typer.echo(textwrap.fill(paragraph, 100, break_long_words=False, break_on_hyphens=False))
-    except (RecipeError, slurm.SlurmFailed) as error:
+    except RecipeError as error:
         fail(str(error))
+    except slurm.SlurmFailed as error:
+        fail(str(error), 1)
 
 
 def _runs_here() -> list[Path]:
@@ -134,8 +142,10 @@ def cancel(run: RunFolder, now: Annotated[bool, typer.Option("--now", help="With
         job = slurm.job_of(run)
         runs.write_json(run / "cancel.json", {"job": job})
         (slurm.cancel if now else slurm.stop)(job)
-    except (RecipeError, slurm.SlurmFailed) as error:
+    except RecipeError as error:
         fail(str(error))
+    except slurm.SlurmFailed as error:
+        fail(str(error), 1)
     typer.echo(f"{run}: job {job} is asked to {'end at once' if now else 'save and end'}")
 
 

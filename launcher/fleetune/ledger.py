@@ -10,8 +10,8 @@ import time
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fleetune.attempts import epoch_of, progress_of
-from fleetune.runs import Run, read_jsonl
+from fleetune.attempts import began_of, epoch_of, progress_of
+from fleetune.runs import Run, is_at_work, read_jsonl
 
 
 @dataclass
@@ -51,41 +51,47 @@ PARTS = tuple(field.name for field in fields(Ledger) if field.type == "float")
 
 
 def ledger_of(run: Run, now: float | None = None) -> Ledger:
-    """`now`, in seconds since the epoch, is where an attempt that is at work, or a queue, is cut off."""
+    """`now`, in seconds since the epoch, is where an attempt that is at work is cut off.
+
+    What nobody waited or worked for, as the night after a run on this machine was killed, is no part of it.
+    """
     now = time.time() if now is None else now
     entries = read_jsonl(run.attempts)
     starts = [entry for entry in entries if entry["event"] == "start"]
     ends = {entry["attempt"]: epoch_of(entry["time"]) for entry in entries if entry["event"] == "end"}
-    ledger, last_end = Ledger(), None
-    for index, start in enumerate(starts):
-        began = epoch_of(start["began"])
+    told = [progress_of(run, start["attempt"]) for start in starts]
+    resumed: list[int | None] = [None]  # the step from which a later attempt went on, from the last attempt on
+    for progress in reversed(told[1:]):
+        resumed.append(progress["first_step"] if progress else resumed[-1])
+    if not starts:
+        return Ledger()
+    ledger, last_end = Ledger(), 0.0
+    for start, progress, later in zip(starts, told, reversed(resumed), strict=True):
+        began, end = began_of(start), ends.get(start["attempt"])
+        is_live = end is None and start is starts[-1] and is_at_work(run)
+        if end is None:  # at work, or cut off without a word: what it told last is all that is known
+            end = now if is_live else progress.get("time", began)
         if "sent" in start:
-            ledger.queued += max(0.0, began - max(epoch_of(start["sent"]), last_end or 0.0))
-        following = starts[index + 1] if index + 1 < len(starts) else None
-        end = ends.get(start["attempt"])
-        if end is None:  # at work, or cut off without a word when the next one began
-            end = now if following is None else epoch_of(following["began"])
-        ahead = [progress_of(run, later["attempt"]) for later in starts[index + 1 :]]
-        resumed = next((progress["first_step"] for progress in ahead if progress), None)
-        _add_attempt(ledger, progress_of(run, start["attempt"]), began, end, start["attempt"] in ends, resumed)
+            ledger.queued += max(0.0, began - max(epoch_of(start["sent"]), last_end))
+        _add_attempt(ledger, progress, began, end, is_live, later)
         last_end = end
     return ledger
 
 
 def _add_attempt(
-    ledger: Ledger, progress: dict[str, Any], began: float, end: float, has_ended: bool, resumed: int | None
+    ledger: Ledger, progress: dict[str, Any], began: float, end: float, is_live: bool, resumed: int | None
 ) -> None:
     """`resumed` is the step from which a later attempt went on."""
     if not progress:
-        if has_ended:
-            ledger.lost += end - began
-        else:
+        if is_live:
             ledger.starting += end - began
+        else:
+            ledger.lost += end - began
         return
-    told = progress["time"] if has_ended else end
+    told = end if is_live else progress["time"]
     training = told - progress["began"] - progress["saving"]
     done = progress["step"] - progress["first_step"] + 1
-    kept = progress["step"] if not has_ended else progress["saved_step"]
+    kept = progress["step"] if is_live else progress["saved_step"]
     if resumed is not None:
         kept = min(progress["step"], resumed - 1)
     again = min(done, max(0, progress["step"] - kept))

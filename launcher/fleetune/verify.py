@@ -30,7 +30,7 @@ from fleetune.recipe import dump_recipe
 from fleetune.schema import Batch, Recipe, cut_batch
 
 # What a clock or the machine says, and no two runs have alike.
-MEASURED = re.compile(r"time/|checkpoint/|train/(samples_per_second|tokens_per_second|memory_mb|mfu)$")
+MEASURED = re.compile(r"time/|checkpoint/|nodes/|train/(samples_per_second|tokens_per_second|memory_mb|mfu)$")
 _STEP = re.compile(r"^step +(\d+)/")
 AT_START = 0.15  # of the kills come before the attempt's first step
 WHOM = ("one rank", "all ranks", "the launcher")

@@ -116,3 +116,38 @@ def test_sending_a_run_anew_is_a_new_beginning(run: runs.Run) -> None:
     assert attempts(run, *[("crash", n) for n in (4, 8, 12)]) is not None
     runs.write_json(run.path / "job.json", {"sent": time.time() + 60})
     assert verdict.given_up(run) is None
+
+
+def test_attempts_that_come_to_no_training_are_counted_and_given_up(run: runs.Run) -> None:
+    for restart in range(2):
+        notes = verdict.notes_of(run, "7", restart)
+        notes.mkdir(parents=True)
+        end = verdict.End("crash", runs.FAILED, "a task ended without a word")
+        assert verdict._record(run, notes, end) is None
+    assert "retries.crash = 2" in str(verdict._record(run, verdict.notes_of(run, "7", 2), end))
+
+
+def test_what_says_most_goes_before_what_another_nodes_clock_puts_first(run: runs.Run) -> None:
+    lost, killed = "rank 0: connection closed", "rank 1 was killed by SIGKILL"
+    ranks = [{"code": 1, "reason": lost, "time": 4.0}, {"code": 1, "reason": killed, "time": 5.0}]
+    assert end_of(run, 1, *ranks).reason == killed
+    wrong = {"code": 2, "reason": "no such file", "time": 6.0}
+    assert end_of(run, 1, *ranks, wrong).reason == "no such file"
+
+
+def test_ranks_that_hang_at_one_place_are_named_together_and_the_odd_one_first(run: runs.Run) -> None:
+    places = [*("is at c10d.py:1 in wait",) * 12, "is stopped (by SIGSTOP, a terminal or a debugger)"]
+    notes = run.path / "slurm" / "7-0"
+    notes.mkdir(parents=True)
+    runs.write_json(notes / "hang.json", {"rank": 12, "phase": "step", "seconds": 61.0, "limit": 60.0})
+    failed = [
+        {"code": 1, "reason": f"rank {rank} hangs\n  rank {rank} {place}\n  log: x"}
+        for rank, place in enumerate(places)
+    ]
+    found = end_of(run, 1, *failed)
+    assert found.kind == "crash"
+    assert found.reason.splitlines() == [
+        "the ranks hang in their step: no sign of rank 12 for 61 s, and 60 s is the most it may take",
+        "  rank 12 is stopped (by SIGSTOP, a terminal or a debugger)",
+        "  ranks 0, 1, 2, 3, 4, 5, 6, 7 and 4 more: is at c10d.py:1 in wait",
+    ]

@@ -124,9 +124,9 @@ def test_ranks_that_measure_differently_save_at_the_same_step() -> None:
     ranks = [context.Process(target=_rank, args=(rank, port, answers)) for rank in range(2)]
     for process in ranks:
         process.start()
-    found = [answers.get(timeout=60) for _ in ranks]
+    found = [answers.get(timeout=200) for _ in ranks]
     for process in ranks:
-        process.join(timeout=60)
+        process.join(timeout=200)
     assert [agreed for agreed, _, _ in found] == [[8.0, 5.0]] * 2
     assert found[0][1] == found[1][1] == 96
     assert {alone for _, _, alone in found} == {48, 480}  # what would have been a deadlock

@@ -83,7 +83,7 @@ def ask(associations: bool, seconds: float = slurm.SECONDS) -> Cluster:
     typed = "show config\nshow partition\nshow reservation\nquit\n"
     lines = [
         line.replace("scontrol: ", "").strip()  # its prompt
-        for line in slurm.command("scontrol", "--oneliner", typed=typed, seconds=seconds).splitlines()
+        for line in slurm.command("scontrol", "--all", "--oneliner", typed=typed, seconds=seconds).splitlines()
     ]
     config: dict[str, str] = dict(re.findall(r"^(\w+)\s+= (.*)$", "\n".join(lines), re.MULTILINE))
     partitions = [_fields(line) for line in lines if line.startswith("PartitionName=")]

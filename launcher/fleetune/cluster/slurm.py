@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import getpass
+import os
 import re
 import shutil
 import subprocess
@@ -69,10 +70,16 @@ def jobs_of(paths: Iterable[Path]) -> dict[Path, Job]:
     for path, id_ in ids.items():
         if id_ in known:
             job = known[id_]
-            if job.state == "PENDING" and job.reason == "BeginTime" and start_now(id_):
+            if _is_held_back(path, job) and start_now(id_):
                 job = replace(job, reason="its start was moved up")
             found[path] = job
     return found
+
+
+def _is_held_back(path: Path, job: Job) -> bool:
+    """Whether it waits because it was requeued, and not because a person chose when it begins."""
+    has_run = any((path / "slurm").glob(f"{job.id}-*"))
+    return job.state == "PENDING" and job.reason == "BeginTime" and has_run
 
 
 def require() -> None:
@@ -88,7 +95,10 @@ def require() -> None:
 def command(*words: str, typed: str | None = None, seconds: float = SECONDS) -> str:
     """What a command says; `typed` goes to its standard input. Raises SlurmFailed."""
     try:
-        done = subprocess.run(words, input=typed, capture_output=True, text=True, timeout=seconds, check=False)
+        done = subprocess.run(
+            words, input=typed, capture_output=True, text=True, timeout=seconds, check=False,
+            env=os.environ | {"SLURM_TIME_FORMAT": "standard"},
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise SlurmFailed(f"{words[0]}: no answer in {seconds:.0f} s") from None
     except OSError as error:
@@ -163,7 +173,7 @@ def seconds_of(text: str) -> float | None:
 
 def hosts(nodes: str) -> list[str]:
     """Of Slurm's short form: node[1-3] is node1, node2, node3."""
-    return command("scontrol", "show", "hostnames", nodes).split()
+    return command("scontrol", "show", "hostnames", nodes).split() if nodes else []
 
 
 def requeue(id_: str) -> None:

@@ -41,7 +41,7 @@ class Sent:
 
 
 def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | None = None) -> Sent:
-    """Sends the recipe's run, or attaches to its job that is in the queue.
+    """Sends the recipe's run. `standing` says whether it was sent before.
 
     Raises:
         RecipeError: the recipe does not fit the profile or the run that is there; Slurm refuses; or whether the run was
@@ -53,8 +53,6 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | N
     base = runs.Run(Path(recipe.output_dir) / recipe.name)
     if CONTROL.search(str(base.path)):
         raise RecipeError(f"output_dir = {recipe.output_dir!r}: has a line break or another control character")
-    if not fresh and (found := attached(base) or _finished(recipe, base)) is not None:
-        return found
     makes = fresh or not base.path.exists()
     recipe = with_failures(recipe, profile)
     run = runs.open_run(as_it_began(recipe, base) if not fresh else recipe, layout.stored(), fresh)
@@ -74,18 +72,33 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | N
     try:
         sent = executor.submit(supervise, str(run.path))
     except Exception as error:  # submitit's own kinds: sbatch's words stand in the message
-        (run.path / "job.json").unlink()
-        if makes:
-            _take_away(run)
-        raise RecipeError(f"the run was not sent; {_said(error)}") from None
-    runs.write_json(run.path / "job.json", job | {"id": sent.job_id})
-    return Sent(run, sent.job_id, "PENDING", is_new=True)
+        # sbatch may give up on a slow controller that takes the job nevertheless.
+        if (id_ := _by_name(_name(run, token), slurm.queue())) is None:
+            (run.path / "job.json").unlink()
+            if makes:
+                _take_away(run)
+            raise RecipeError(f"the run was not sent; {_said(error)}") from None
+        _finish(job, id_)
+    else:
+        id_ = sent.job_id
+    runs.write_json(run.path / "job.json", job | {"id": id_})
+    return Sent(run, id_, "PENDING", is_new=True)
 
 
 def _take_away(run: runs.Run) -> None:
     """What a sending that was refused has made, unless something else stands there by now."""
     if {path.name for path in run.path.iterdir()} <= {"run.json", "recipe.yaml", "code", "submitit"}:
         shutil.rmtree(run.path)
+
+
+def standing(recipe: Recipe) -> Sent | None:
+    """The recipe's run, where its job is in the queue or it is done; None where it is to be sent.
+
+    Raises RecipeError where that cannot be known.
+    """
+    slurm.require()
+    run = runs.Run(Path(recipe.output_dir) / recipe.name)
+    return attached(run) or _finished(recipe, run)
 
 
 def _finished(recipe: Recipe, run: runs.Run) -> Sent | None:

@@ -36,7 +36,8 @@ from fleetune.schema import Recipe, RecipeError, cut_batch, total_steps
 
 WAIT_SECONDS = 1800.0  # for rank 0 to prepare the data
 LEASE_WAIT = 2 * runs.LEASE_SECONDS  # for the lease of an attempt whose node died
-GRACE_SECONDS = 5.0  # in which other ranks may still say how they ended, or where they hang
+GRACE_SECONDS = 5.0  # in which other ranks may still say how they ended
+HANG_SECONDS = 60.0  # or where they hang: a network file system shows a new file late
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,16 @@ def supervise(path: str) -> None:
         code, reason = runs.SAVED, "asked to stop before training began"
     _note(notes, f"ended-{task.rank}", {"code": code, "reason": reason, "signals": heard, "time": time.time()})
     if code not in (runs.DONE, runs.SAVED):
-        time.sleep(GRACE_SECONDS)
+        _let_others_speak(notes, task)
         raise SystemExit(1)
+
+
+def _let_others_speak(notes: Path, task: Task) -> None:
+    """This task's end is that of all: --kill-on-bad-exit. Of ranks that hang, each is to say where first."""
+    hangs = (notes / "hang.json").exists()
+    deadline = time.monotonic() + (HANG_SECONDS if hangs else GRACE_SECONDS)
+    while time.monotonic() < deadline and len(list(notes.glob("ended-*.json"))) < task.world_size:
+        time.sleep(1.0)
 
 
 # ---------------------------------------------------------------- rank 0 begins the attempt
@@ -165,7 +174,7 @@ def _meeting_place(hosts: list[str]) -> tuple[str, int]:
 
 
 def _await_start(notes: Path, heard: list[int]) -> dict[str, Any]:
-    deadline = time.monotonic() + WAIT_SECONDS
+    deadline, pause = time.monotonic() + WAIT_SECONDS, 0.2
     while not (notes / "start.json").exists():
         if _asked_to_stop(heard):
             raise local.StoppedEarly
@@ -174,7 +183,8 @@ def _await_start(notes: Path, heard: list[int]) -> dict[str, Any]:
             raise local.PreparationFailed(f"rank 0 did not start: {found['reason']}")
         if time.monotonic() > deadline:
             raise local.PreparationFailed(f"rank 0 did not start in {WAIT_SECONDS:.0f} s")
-        time.sleep(0.2)
+        time.sleep(pause)
+        pause = min(2.0, 1.2 * pause)  # there may be a thousand that look
     return runs.read_json(notes / "start.json")
 
 
@@ -202,9 +212,9 @@ def _train(
                 if _asked_to_stop(heard) and not told:
                     told = True
                     process.send_signal(signal.SIGTERM)
-                looks += 1  # ten a second; every other second it asks the shared file system, too
+                looks += 1  # ten a second; every five seconds it asks the shared file system, too
                 silence = beats.look()
-                if silence is not None or (looks % 20 == 0 and (notes / "hang.json").exists()):
+                if silence is not None or (looks % 50 == 0 and (notes / "hang.json").exists()):
                     return _hang(notes, task.rank, silence, process.pid, log_path)
                 beat()
                 time.sleep(0.1)

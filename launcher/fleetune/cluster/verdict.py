@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetune import runs
-from fleetune.attempts import end_attempt, epoch_of, progress_of, unended
+from fleetune.attempts import began_of, end_attempt, epoch_of, progress_of, start_attempt, unended
 from fleetune.cluster import slurm
 from fleetune.schema import RecipeError
 
@@ -56,7 +57,8 @@ def _end_of(run: runs.Run, notes: Path, srun_code: int) -> End:
     if failed:
         if (hang := notes / "hang.json").exists():
             return End("crash", runs.FAILED, _how_they_hang(runs.read_json(hang), failed))
-        first = min(failed, key=lambda one: (one["code"] != runs.FAILED_FOR_GOOD, one["time"]))
+        # Nodes' clocks differ: what says most goes first, and only then what was said first.
+        first = min(failed, key=_says_most)
         kept = first["code"] if first["code"] in (runs.WRONG, runs.FAILED_FOR_GOOD) else runs.FAILED
         return End("crash" if kept == runs.FAILED else "wrong", kept, first["reason"])
     if ended and all(one["code"] == runs.DONE for one in ended) and srun_code == 0:
@@ -70,14 +72,28 @@ def _end_of(run: runs.Run, notes: Path, srun_code: int) -> End:
     return End("crash", runs.FAILED, f"a task ended without a word (srun: {srun_code})")
 
 
+def _says_most(one: dict[str, Any]) -> tuple[bool, bool, float]:
+    return one["code"] == runs.FAILED, "was killed by" not in one["reason"], one["time"]
+
+
 def _how_they_hang(silence: dict[str, Any], failed: list[dict[str, Any]]) -> str:
     doing = "as they start" if silence["phase"] == "start" else f"in their {silence['phase']}"
     line = (
         f"the ranks hang {doing}: no sign of rank {silence['rank']} for {silence['seconds']:.0f} s, "
         f"and {silence['limit']:.0f} s is the most it may take"
     )
-    places = [one["reason"].splitlines()[1].strip() for one in failed if one["reason"].count("\n") > 1]
-    return "\n  ".join([line, *sorted(places)])
+    places: dict[str, list[int]] = {}
+    for one in failed:
+        if match := re.search(r"^ *rank (\d+) (.*)$", one["reason"].partition("\n")[2], re.MULTILINE):
+            places.setdefault(match[2], []).append(int(match[1]))
+    unusual = sorted(places.items(), key=lambda place: (len(place[1]), place[1]))
+    return "\n  ".join([line, *(f"{_named(ranks)} {place}" for place, ranks in unusual)])
+
+
+def _named(ranks: list[int]) -> str:
+    few = ", ".join(map(str, sorted(ranks)[:8]))
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'s' * (len(ranks) > 1)} {few}{more}{':' * (len(ranks) > 1)}"
 
 
 def _time_is_over(run: runs.Run, job: str) -> bool:
@@ -90,9 +106,11 @@ def _time_is_over(run: runs.Run, job: str) -> bool:
 
 def _record(run: runs.Run, notes: Path, end: End) -> str | None:
     """Ends the attempt. Returns why the run is given up, or None."""
-    start = runs.read_json(notes / "start.json") if (notes / "start.json").exists() else None
-    if start is not None:
-        end_attempt(run, start["attempt"], end.code, end.reason, end.kind)
+    if (notes / "start.json").exists():
+        attempt = runs.read_json(notes / "start.json")["attempt"]
+    else:  # it came to no training, which counts too: else it would come again for ever
+        attempt = start_attempt(run, slurm.hosts(os.environ.get("SLURM_JOB_NODELIST", "")), sent=sent_at(run))
+    end_attempt(run, attempt, end.code, end.reason, end.kind)
     if end.kind in ("done", "cancel"):
         return None
     if end.kind == "wrong":
@@ -131,20 +149,22 @@ def close_last(run: runs.Run, job: str, restart: int) -> None:
     Raises RecipeError where no further one is to be made.
     """
     for entry in unended(run):
-        began = epoch_of(entry["began"])
-        was = next((one for one in reversed(slurm.past(job)) if one.end > began), None)
+        began = began_of(entry)
+        was = next((one for one in slurm.past(job) if one.end > began), None)
         told = progress_of(run, entry["attempt"]).get("time", began)
-        kind, code, reason = _why_requeued(run, job, entry["attempt"], "" if was is None else was.state)
+        kind, code, reason = None, runs.FAILED, "ended from outside, without a word"
+        if restart:
+            kind, code, reason = _why_requeued(run, entry["attempt"], "" if was is None else was.state)
         end_attempt(run, entry["attempt"], code, reason, kind, at=max(told, was.end if was is not None else told))
     if restart and (verdict := given_up(run)) is not None:
         raise RecipeError(verdict)
 
 
-def _why_requeued(run: runs.Run, job: str, attempt: int, state: str) -> tuple[str, int, str]:
+def _why_requeued(run: runs.Run, attempt: int, state: str) -> tuple[str, int, str]:
     """(kind, code, reason) of an attempt that Slurm ended, whose accounting calls it `state`, or "" without any."""
     saved = [
         runs.read_json(path)["code"] == runs.SAVED
-        for folder in (run.path / "slurm").glob(f"{job}-*")
+        for folder in (run.path / "slurm").glob("*")
         if (folder / "start.json").exists() and runs.read_json(folder / "start.json")["attempt"] == attempt
         for path in folder.glob("ended-*.json")
     ]

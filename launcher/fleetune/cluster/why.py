@@ -48,7 +48,7 @@ REMEDIES = (
         "A fault in compiled code, or in the node: see the log, try another node.",
     ),
     (
-        r"hang",
+        r"\bhangs?\b",
         "Its log holds the stacks of every rank that could answer. One that is stopped or does not answer is where to "
         "look: its node, its network (NCCL_DEBUG: INFO in the profile's environment), its disk.",
     ),
@@ -91,7 +91,10 @@ def _job(run: runs.Run) -> slurm.Job | None:
     """The run's job as Slurm knows it now; None where it knows none."""
     if not (run.path / "job.json").exists() or shutil.which("squeue") is None:
         return None
-    id_ = slurm.job_of(run.path)
+    try:
+        id_ = slurm.job_of(run.path)
+    except RecipeError:  # its sending was killed; `submit` finds out whether it was sent
+        return None
     known = slurm.queue()
     return known.get(id_) or (slurm.accounted(ids=[id_]) or {}).get(id_)
 
@@ -107,7 +110,12 @@ def _now(run: runs.Run, job: slurm.Job | None, ends: list[dict[str, Any]]) -> tu
         place = f"on {job.nodes}" if job.nodes else "on its nodes"
         if job.state in ("RUNNING", "COMPLETING") and open_:
             return f"Job {job.id} is at work {place}: attempt {open_[-1]['attempt']}, {at}.", "nothing; it gets on."
-        return f"Job {job.id} is {job.state.lower()} {place}, and trains in a moment.", "nothing; wait."
+        if job.state in ("RUNNING", "COMPLETING", "CONFIGURING"):
+            return f"Job {job.id} is {job.state.lower()} {place}, and trains in a moment.", "nothing; wait."
+        return (
+            f"Job {job.id} is {job.state.lower().replace('_', ' ')}.",
+            "`scontrol show job` says more.",
+        )
     if open_:
         return _cut_off(run, job, open_[-1], at)
     if not ends:

@@ -8,25 +8,36 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 
 import psutil
 import torch
 
 from fleetune.train.distributed import World, sum_over_ranks
 
+MOST_NODES = 32  # that are logged one by one
+
 
 def node_load(world: World) -> dict[str, float]:
-    """`nodes/0/cpu_percent` and the like, of every node since the last call; what cannot be read is left out.
+    """`nodes/0/cpu_percent` and the like, of every node since the last call; of many nodes, the least,
+    the most and the mean. What cannot be read is left out.
 
     A collective. Every rank gives its share of its node: its own GPU, and the rest as all of the node's ranks see it.
     """
     mine = _load_here(world)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
     table = torch.zeros(world.world_size // ranks, len(mine), device=world.device)
-    table[world.rank // ranks] = torch.tensor(list(mine.values()), device=world.device) / ranks
+    node = int(os.environ.get("NODE_RANK", world.rank // ranks))
+    table[node] = torch.tensor(list(mine.values()), device=world.device) / ranks
+    rows = sum_over_ranks(table).tolist()
+    names = [str(number) for number in range(len(rows))]
+    if len(rows) > MOST_NODES:
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        names = ["least", "most", "mean"]
+        rows = [[of(column) for column in columns] for of in (min, max, statistics.fmean)]
     return {
-        f"nodes/{node}/{name}": round(value, 1)
-        for node, row in enumerate(sum_over_ranks(table).tolist())
+        f"nodes/{of}/{name}": round(value, 1)
+        for of, row in zip(names, rows, strict=True)
         for name, value in zip(mine, row, strict=True)
         if math.isfinite(value)
     }

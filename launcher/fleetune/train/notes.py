@@ -17,7 +17,7 @@ from fleetune.train.metrics_log import MetricsLog
 from fleetune.train.progress import Progress
 from fleetune.train.speed import figures, step_line
 
-NOTE_SECONDS = 1.0
+NOTE_SECONDS = 1.0  # and no more than a hundredth of the time, where the disk is slow
 
 
 def say(line: str) -> None:
@@ -37,6 +37,7 @@ class _Books:
     restoring: float  # seconds that it took to read the checkpoint
     saving: float = 0.0  # seconds that training stood still for checkpoints
     noted: float = 0.0  # when `progress` was written last
+    pause: float = NOTE_SECONDS
     told: str | None = None  # what the person knows of wandb
 
 
@@ -48,7 +49,7 @@ class Notes:
 
     def passed(self, step: int) -> None:
         """A step is done, logged or not; writes down where this attempt is, once a second at most."""
-        if self.books is not None and time.time() - self.books.noted > NOTE_SECONDS:
+        if self.books is not None and time.time() - self.books.noted > self.books.pause:
             _note_progress(self.books, step)
 
     def step(self, step: int, values: dict[str, Any]) -> None:
@@ -141,6 +142,7 @@ def _note_progress(books: _Books, step: int) -> None:
     }
     with contextlib.suppress(OSError):  # a full disk: only the ledger lacks it
         runs.write_json(books.progress, noted)
+    books.pause = max(NOTE_SECONDS, 100 * (time.time() - books.noted))
 
 
 def _tell(books: _Books, line: str | None) -> None:

@@ -86,7 +86,8 @@ def _check_model(recipe: Recipe, config: Any) -> dict[str, Any]:
     key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
     known = cache_folder().parent / "models" / f"{key}.json"
     if known.exists() and not recipe.model.trust_remote_code:
-        return runs.read_json(known)
+        with contextlib.suppress(OSError, ValueError):  # damaged: it is counted anew
+            return runs.read_json(known)
     found = _count_parameters(recipe, config)
     with contextlib.suppress(OSError):
         known.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
