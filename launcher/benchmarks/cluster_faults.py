@@ -35,7 +35,7 @@ sys.path.append(str(ROOT / "tests"))
 from devcluster import DevCluster, devcluster, eventually  # noqa: E402
 
 DATA = Path(os.environ.get("FLEETUNE_DATA", ROOT.parent / "shared" / "data")) / "sst2"
-STEPS, LONG, SAVE_STEPS, AT = 150, 900, 20, 50
+STEPS, LONG, SAVE_STEPS, AT = 90, 360, 15, 25
 COMMAND = "python launcher/benchmarks/cluster_faults.py run"
 
 
@@ -88,12 +88,12 @@ def stop_rank(sent: Sent) -> None:
 FAULTS: dict[str, Callable[[Sent], None]] = {
     "none": nothing,
     "preemption": preempt,
-    "time limit": nothing,
     "scontrol requeue": requeue,
     "killed rank": kill_rank,
     "stopped rank": stop_rank,
     "crashed node": crash_node,
     "node cut off": cut_node_off,
+    "time limit": nothing,
 }
 
 
