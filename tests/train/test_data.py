@@ -17,7 +17,8 @@ import pytest
 
 from fleetune.schema import Recipe
 from fleetune.train import data as data_module
-from fleetune.train.data import PIECE, DataError, Prepared, cache_folder, prepare
+from fleetune.train.cache import cache_folder
+from fleetune.train.data import PIECE, DataError, Prepared, prepare
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,14 +7,12 @@ content (files, tokenizer, settings), so ranks share it and nothing is tokenised
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fleetune.schema import Recipe, RecipeError, Source
+from fleetune.train.cache import SPLITS, cache_folder, cache_key, file_hash, locked
 from fleetune.train.cleaning import Rows, clean
-from fleetune.train.sources import DataError, Ints, Table, load_hub, no_column, open_source
+from fleetune.train.sources import DataError, Ints, Table, no_column, open_source
 
-CACHE_FORMAT = 3  # raise it when the arrays or the cleaning change
-SPLITS = ("train", "validation", "test")
 DROP_UNLABELLED = "; drop such rows with the cleaning step drop_empty"
 PIECE = 1000  # rows that are tokenised at once: what the tokenizer holds of them goes with their full, uncut length
 
@@ -205,74 +202,11 @@ class Prepared:
     report: dict[str, Any]
 
 
-def cache_folder() -> Path:
-    """Node-local where the user says so (FLEETUNE_CACHE), else under the user's cache."""
-    root = (
-        os.environ.get("FLEETUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fleetune"
-    )
-    return Path(root) / "tokens"
-
-
-def _file_hash(path: str, key: str) -> str:
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"data.{key}.path = {path!r}: cannot be read: {error.strerror}") from error
-
-
-def _cache_key(recipe: Recipe, tokenizer: Any) -> str:
-    """What the arrays depend on: the data's content, the tokenizer's, and the settings that make one of the other."""
-    sources = {}
-    for name in SPLITS:
-        source: Source | None = getattr(recipe.data, name)
-        if source is None:
-            continue
-        local = Path(source.path).is_absolute()
-        # On the hub, what datasets makes of the revision and the loading.
-        content = _file_hash(source.path, name) if local else load_hub(source, name)._fingerprint
-        sources[name] = [content, source.name, source.split, source.limit, source.where, Path(source.path).suffix]
-    data = recipe.data.model_dump(exclude=set(SPLITS) | {"augmentation"})
-    parts = [
-        CACHE_FORMAT,
-        recipe.task,
-        sources,
-        data,
-        bool(recipe.data.augmentation),
-        recipe.model.num_labels,
-        recipe.model.label_names,
-        recipe.training.seed if recipe.data.validation_fraction else None,
-        sorted(tokenizer.model_input_names),
-        _tokenizer_hash(tokenizer),
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _tokenizer_hash(tokenizer: Any) -> str:
-    if getattr(tokenizer, "is_fast", False):
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        # What the last call asked for, not what the tokenizer is.
-        backend = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}
-    else:
-        backend = [type(tokenizer).__name__, tokenizer.init_kwargs, tokenizer.get_vocab()]
-    text = json.dumps([backend, tokenizer.truncation_side], default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process of this machine at a time; the cache is on local disk, where flock holds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def prepare(recipe: Recipe, tokenizer: Any) -> Prepared:
     """Opens, cleans and tokenises what the recipe names, or takes it from the cache. Raises DataError."""
-    folder = cache_folder() / _cache_key(recipe, tokenizer)
+    folder = cache_folder() / cache_key(recipe, tokenizer)
     if not (folder / "report.json").exists():
-        with _locked(folder.with_suffix(".lock")):
+        with locked(folder.with_suffix(".lock")):
             if not (folder / "report.json").exists():
                 building = folder.with_suffix(".building")
                 shutil.rmtree(building, ignore_errors=True)
@@ -350,7 +284,7 @@ def _content(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.npy")):
         digest.update(str(path.relative_to(folder)).encode())
-        digest.update(bytes.fromhex(_file_hash(str(path), path.parent.name)))
+        digest.update(bytes.fromhex(file_hash(str(path), path.parent.name)))
     return digest.hexdigest()[:32]
 
 

@@ -79,7 +79,7 @@ def _check_model(recipe: Recipe, config: Any) -> dict[str, Any]:
     Transformers' modelling takes seconds to import, so what was checked is not checked again: an attempt that goes on
     starts that much sooner.
     """
-    from fleetune.train.data import cache_folder
+    from fleetune.train.cache import cache_folder
 
     losses = [loss.model_dump(mode="json") for loss in recipe.losses]
     described = [config.to_json_string(use_diff=False), recipe.model.model_dump(mode="json"), losses, runs.versions()]
