@@ -149,5 +149,5 @@ def test_ranks_that_hang_at_one_place_are_named_together_and_the_odd_one_first(r
     assert found.reason.splitlines() == [
         "the ranks hang in their step: no sign of rank 12 for 61 s, and 60 s is the most it may take",
         "  rank 12 is stopped (by SIGSTOP, a terminal or a debugger)",
-        "  ranks 0, 1, 2, 3, 4, 5, 6, 7 and 4 more: is at c10d.py:1 in wait",
+        "  each of ranks 0, 1, 2, 3, 4, 5, 6, 7 and 4 more is at c10d.py:1 in wait",
     ]

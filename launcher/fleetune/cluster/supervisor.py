@@ -119,6 +119,7 @@ def _lead(run: runs.Run, task: Task, notes: Path) -> Any:
     if recipe is not asked:
         runs.write_json(run.path / "run.json", run.info() | {"fp32_for_bf16": True})
         runs.write_text(run.recipe_file, dump_recipe(recipe))
+    _await_free(run)
     runs.open_run(_at(recipe, run), layout.stored(), False, report["content"], steps)
     runs.write_json(
         run.path / "run.json", run.info() | {"total_steps": steps, "global_batch_size": batch.global_batch_size}
@@ -135,6 +136,18 @@ def _lead(run: runs.Run, task: Task, notes: Path) -> Any:
 def _at(recipe: Recipe, run: runs.Run) -> Recipe:
     """The recipe as it names the folder that the run stands in: it was sent from another working folder perhaps."""
     return recipe.model_copy(update={"output_dir": str(run.path.parent), "name": run.path.name})
+
+
+def _await_free(run: runs.Run) -> None:
+    """Until the lease of an attempt that Slurm ended, and that could not give it back, has run out.
+
+    Raises PreparationFailed where it does not: another attempt is at work, and this one may come again.
+    """
+    deadline = time.monotonic() + LEASE_WAIT
+    while runs.is_at_work(run):
+        if time.monotonic() > deadline:
+            raise local.PreparationFailed(f"{run.path}: another attempt is still at work on this run")
+        time.sleep(1.0)
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def _how_they_hang(silence: dict[str, Any], failed: list[dict[str, Any]]) -> str
 def _named(ranks: list[int]) -> str:
     few = ", ".join(map(str, sorted(ranks)[:8]))
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank{'s' * (len(ranks) > 1)} {few}{more}{':' * (len(ranks) > 1)}"
+    return f"{'each of ranks' if len(ranks) > 1 else 'rank'} {few}{more}"
 
 
 def _time_is_over(run: runs.Run, job: str) -> bool:
