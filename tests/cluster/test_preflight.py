@@ -57,6 +57,7 @@ FITS: dict[str, dict[str, Any]] = {
     "two partitions": {"partition": "gpu,gpu-long", "time": "10d"},
     "an account of one partition": {"account": "chemistry", "partition": "gpu-long"},
     "a qos of the account": {"account": "physics", "qos": "high"},
+    "an account as Slurm compares it": {"account": "Physics", "qos": "HIGH"},
     "one feature or another": {"constraint": "rome|sapphire", "nodes": 4},
     "features and numbers": {"constraint": "[ib*2&rome*1]", "nodes": 2},
     "a reservation": {"reservation": "course"},
@@ -155,6 +156,13 @@ def test_without_accounting_nothing_is_said_of_accounts() -> None:
     ((key, _, message),) = preflight.warnings(Profile(time="4h", **keys), taken)
     assert key == "account"
     assert message.endswith("this cluster takes the job nevertheless")
+
+
+def test_nodes_that_are_powered_down_count_too() -> None:
+    """sinfo shows none of them, so nothing is said of what they have."""
+    cloud = replace(CLUSTER, partitions=CLUSTER.partitions | {"cpu": partition("cpu", TotalNodes="500")})
+    assert faults(cloud, partition="cpu", nodes=400, gpus_per_node=8) == []
+    assert faults(cloud, partition="cpu", nodes=501) == ["nodes = 501: partition cpu has 500"]
 
 
 def test_a_qos_may_lift_the_limits_of_a_partition() -> None:

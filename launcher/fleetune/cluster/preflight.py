@@ -65,7 +65,11 @@ def faults(profile: Profile, cluster: Cluster) -> Iterator[Fault]:
     if not unknown and not _may_lift(profile, cluster):
         yield from _beyond_partition(profile, cluster)
     nodes = [alike for alike in cluster.nodes if alike.partition in names]
-    if nodes and not unknown:
+    total = sum(int(cluster.partitions[name].values.get("TotalNodes", 0)) for name in names if name not in unknown)
+    if total > sum(alike.count for alike in nodes):  # some are powered down, and sinfo shows none of those
+        if profile.nodes > total:
+            yield "nodes", profile.nodes, f"{_where(names)} has {total}"
+    elif nodes and not unknown:
         found = list(_beyond_nodes(profile, nodes, _where(names), cluster))
         yield from found or _beyond_all(profile, nodes, _where(names))
 
@@ -119,12 +123,13 @@ def _not_associated(profile: Profile, cluster: Cluster, names: list[str]) -> Ite
         return
     mine = [one for one in cluster.associations if not one.partition or one.partition in names]
     accounts = list(dict.fromkeys(one.account for one in mine))
-    if profile.account is not None and profile.account not in accounts:
+    if profile.account is not None and profile.account.lower() not in map(str.lower, accounts):  # as Slurm compares
         there = _legal(profile.account, accounts) if accounts else "you have none; ask the cluster's administrators"
         yield "associations", ("account", profile.account, f"is no account of yours; {there}")
         return  # the qos are the account's
-    qos = list(dict.fromkeys(q for one in mine for q in one.qos if profile.account in (None, one.account)))
-    if profile.qos is not None and profile.qos not in qos:
+    accounts = [profile.account.lower()] if profile.account is not None else [name.lower() for name in accounts]
+    qos = list(dict.fromkeys(q for one in mine for q in one.qos if one.account.lower() in accounts))
+    if profile.qos is not None and profile.qos.lower() not in map(str.lower, qos):
         of = f" with account {profile.account}" if profile.account else ""
         there = _legal(profile.qos, qos) if qos else "you have none; leave it out"
         yield "qos", ("qos", profile.qos, f"is no qos that you may use{of}; {there}")
