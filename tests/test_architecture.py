@@ -55,6 +55,7 @@ RULES = (
             ("strict_yaml", ("fleetune.combinations", "fleetune.recipe", "fleetune.runs")),
             ("combinations", ("fleetune.strict_yaml", "fleetune.recipe", "fleetune.runs")),
             ("faults", ("fleetune.combinations", "fleetune.recipe", "fleetune.runs")),
+            ("batch", ("fleetune.strict_yaml", "fleetune.combinations", "fleetune.recipe", "fleetune.runs")),
             ("recipe", ("fleetune.runs",)),
             ("runs", ()),
         )

@@ -88,8 +88,9 @@ def _prepare(file: Path, recipe: Recipe, layout: Layout, stop: Stop | None = Non
 
     Returns the recipe as it runs here, and the report.
     """
+    from fleetune.batch import cut_batch
     from fleetune.cluster import local
-    from fleetune.schema import RecipeError, cut_batch
+    from fleetune.schema import RecipeError
 
     try:
         cut_batch(recipe.training, layout.world_size)
@@ -106,7 +107,7 @@ def _prepare(file: Path, recipe: Recipe, layout: Layout, stop: Stop | None = Non
 
 def _show_data(recipe: Recipe, layout: Layout, report: dict[str, Any]) -> None:
     """What cleaning did, and what the training data warns of."""
-    from fleetune.schema import batch_warning, cut_batch
+    from fleetune.batch import batch_warning, cut_batch
 
     for step, touched in report["cleaning"].items():
         typer.echo(f"cleaning  {step}: " + ", ".join(f"{count} rows of {split}" for split, count in touched.items()))
@@ -161,8 +162,8 @@ for command in (
 @app.command()
 def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc = None, nodes: Nodes = 1) -> None:
     """Validate a recipe, show what it comes to, open its data. Nothing is started."""
+    from fleetune.batch import cut_batch, steps_per_epoch, total_steps
     from fleetune.recipe import dump_recipe
-    from fleetune.schema import cut_batch, steps_per_epoch, total_steps
 
     loaded = load(recipe, overrides)
     layout = _plan(nodes, nproc_per_node)

@@ -25,9 +25,10 @@ import numpy as np
 import psutil
 
 from fleetune import runs
+from fleetune.batch import Batch, cut_batch
 from fleetune.cluster.local import Layout, die_with_parent, run_program
 from fleetune.recipe import dump_recipe
-from fleetune.schema import Batch, Recipe, cut_batch
+from fleetune.schema import Recipe
 
 # What a clock or the machine says, and no two runs have alike.
 MEASURED = re.compile(r"time/|checkpoint/|nodes/|train/(samples_per_second|tokens_per_second|memory_mb|mfu)$")

@@ -19,7 +19,7 @@ from tiny import recipe_values, write_model, write_rows
 from torch.nn import functional
 
 from fleetune import runs
-from fleetune.schema import cut_batch
+from fleetune.batch import cut_batch
 from fleetune.train import engine
 from fleetune.train.data import prepare
 from fleetune.train.model import build_model, load_tokenizer

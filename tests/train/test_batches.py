@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetune.schema import Augmentation, Batch
+from fleetune.batch import Batch
+from fleetune.schema import Augmentation
 from fleetune.train.batches import (
     Augmenter,
     augment_text,

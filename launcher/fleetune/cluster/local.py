@@ -22,9 +22,10 @@ from typing import IO, Any
 
 from fleetune import runs
 from fleetune.attempts import end_attempt, start_attempt
+from fleetune.batch import cut_batch, total_steps
 from fleetune.cluster.beats import Beats, Silence, where_each_is
 from fleetune.recipe import dump_recipe
-from fleetune.schema import Recipe, RecipeError, cut_batch, total_steps
+from fleetune.schema import Recipe, RecipeError
 
 GRACE_SECONDS = 3.0  # for the ranks that are left when one has failed: they mostly end by an error of their own
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)

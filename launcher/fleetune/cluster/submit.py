@@ -23,11 +23,12 @@ import psutil
 
 from fleetune import runs
 from fleetune.attempts import end_attempt, unended
+from fleetune.batch import cut_batch
 from fleetune.cluster import slurm, snapshot
 from fleetune.cluster.local import Layout
 from fleetune.cluster.profile import CONTROL, Profile, minutes_of
 from fleetune.cluster.supervisor import supervise
-from fleetune.schema import Recipe, RecipeError, cut_batch, hours_between_failures
+from fleetune.schema import Recipe, RecipeError, hours_between_failures
 
 SENDING_SECONDS = 60.0  # after which an sbatch that was begun on another machine has come to its end
 

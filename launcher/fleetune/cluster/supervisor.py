@@ -28,11 +28,12 @@ import psutil
 
 from fleetune import runs
 from fleetune.attempts import start_attempt
+from fleetune.batch import cut_batch, total_steps
 from fleetune.cluster import local, slurm
 from fleetune.cluster.beats import Beats, Silence, where_each_is
 from fleetune.cluster.verdict import close_last, notes_of, sent_at
 from fleetune.recipe import dump_recipe
-from fleetune.schema import Recipe, RecipeError, cut_batch, total_steps
+from fleetune.schema import Recipe, RecipeError
 
 WAIT_SECONDS = 1800.0  # for rank 0 to prepare the data
 LEASE_WAIT = 2 * runs.LEASE_SECONDS  # for the lease of an attempt whose node died

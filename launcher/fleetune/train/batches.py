@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fleetune.schema import Augmentation, Batch
+from fleetune.batch import Batch
+from fleetune.schema import Augmentation
 from fleetune.train.data import Split, encode
 from fleetune.train.sources import Ints
 

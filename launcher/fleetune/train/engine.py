@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fleetune.schema import Batch, Recipe
+from fleetune.batch import Batch
+from fleetune.schema import Recipe
 from fleetune.train import distributed, zero
 from fleetune.train.objectives import Penalty
 from fleetune.train.optim import build_optimizer

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from fleetune import runs
-from fleetune.schema import Batch, Recipe, cut_batch, hours_between_failures, total_steps
+from fleetune.batch import Batch, cut_batch, total_steps
+from fleetune.schema import Recipe, hours_between_failures
 from fleetune.train import cadence, checkpoint, distributed, engine, manifest, model_folder, signals, zero
 from fleetune.train.batches import Augmenter, MicroBatch, collate, compose_epoch, cut_window
 from fleetune.train.data import Prepared, prepare
