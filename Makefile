@@ -11,7 +11,7 @@ quickstart: .venv/quickstart.stamp
 	$(BIN)/fleetune run recipes/quickstart.yaml $(RANKS) --baseline --fresh
 
 test: check
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest
 
 check: .venv/test.stamp
 	$(BIN)/ruff check
