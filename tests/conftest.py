@@ -83,3 +83,13 @@ def devcluster() -> Iterator[DevCluster]:
     finally:
         run_devcluster(folder, "down")
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster(devcluster: DevCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[DevCluster]:
+    """Slurm's commands in this process ask the development cluster; what a test changes of it is undone."""
+    monkeypatch.setenv("SLURM_CONF", devcluster.environment["SLURM_CONF"])
+    for name in [name for name in os.environ if name.startswith(("SBATCH_", "SLURM_JOB"))]:
+        monkeypatch.delenv(name)
+    yield devcluster
+    devcluster.slurm("scontrol", "reconfigure")

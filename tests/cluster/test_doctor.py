@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,15 +188,6 @@ def test_a_server_that_says_nothing_is_not_waited_for(monkeypatch: pytest.Monkey
 
 
 # ---------------------------------------------------------------- Slurm
-
-
-@pytest.fixture
-def cluster(devcluster: DevCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[DevCluster]:
-    monkeypatch.setenv("SLURM_CONF", devcluster.environment["SLURM_CONF"])
-    for name in [name for name in os.environ if name.startswith("SBATCH_")]:
-        monkeypatch.delenv(name)
-    yield devcluster
-    devcluster.slurm("scontrol", "reconfigure")
 
 
 def test_a_cluster_is_described(cluster: DevCluster) -> None:

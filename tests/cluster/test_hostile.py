@@ -49,11 +49,9 @@ def setup_of(text: str) -> str:
 
 @pytest.mark.parametrize("around", AROUND)
 def test_no_value_is_executed_and_each_is_refused_or_passed_on(
-    around: str, devcluster: DevCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    around: str, cluster: DevCluster, tmp_path: Path
 ) -> None:
     """Twice for each text: as an option's value, by sbatch, and as a variable's, by the shell of the script."""
-    for name, value in devcluster.environment.items():
-        monkeypatch.setenv(name, value)
     canary = tmp_path / "canary"
     hostile = around.format(TRAP.format(canary=canary))
     option = {"extra": {"mail-user": hostile, "mail-type": "TIME_LIMIT", "hold": True}}
@@ -67,8 +65,8 @@ def test_no_value_is_executed_and_each_is_refused_or_passed_on(
     # What sbatch has read of an option stands in the job, to the letter.
     text = text_of(tmp_path, profile_with(tmp_path, option))
     sent = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True, check=True)
-    job = devcluster.slurm("scontrol", "show", "job", sent.stdout.strip())
-    devcluster.slurm("scancel", sent.stdout.strip())
+    job = cluster.slurm("scontrol", "show", "job", sent.stdout.strip())
+    cluster.slurm("scancel", sent.stdout.strip())
     assert f"MailUser={hostile} MailType=TIME_LIMIT" in job
 
     # A variable is what the script's own shell makes of it.
@@ -80,12 +78,8 @@ def test_no_value_is_executed_and_each_is_refused_or_passed_on(
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_every_field_is_quoted_alike(
-    field: str, devcluster: DevCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_field_is_quoted_alike(field: str, cluster: DevCluster, tmp_path: Path) -> None:
     """What is no such account, constraint or partition is Slurm's to refuse; nothing runs either way."""
-    for name, value in devcluster.environment.items():
-        monkeypatch.setenv(name, value)
     canary = tmp_path / "canary"
     for around in AROUND[:40]:
         values: dict[str, Any] = {field: around.format(TRAP.format(canary=canary))}

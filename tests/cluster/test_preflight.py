@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -218,15 +217,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         yaml.safe_dump(recipe_values(place, "run") | {"output_dir": str(place / "runs")}), encoding="utf-8"
     )
     return place
-
-
-@pytest.fixture
-def cluster(devcluster: DevCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[DevCluster]:
-    """The commands of this process ask the development cluster; what a test changes of it is undone."""
-    monkeypatch.setenv("SLURM_CONF", devcluster.environment["SLURM_CONF"])
-    monkeypatch.delenv("SBATCH_PARTITION", raising=False)
-    yield devcluster
-    devcluster.slurm("scontrol", "reconfigure")
 
 
 def submit(folder: Path, *words: str, recipe: tuple[str, ...] = (), **keys: Any) -> Result:

@@ -85,7 +85,7 @@ def is_the_same(unbroken: tuple[Path, float, float], run: Path) -> bool:
 # ---------------------------------------------------------------- kills
 
 
-@pytest.mark.parametrize(("stage", "in_background", "seed"), [(3, True, 1)])
+@pytest.mark.parametrize(("stage", "in_background", "seed"), [(2, True, 1), (3, False, 2)])
 def test_a_run_that_is_killed_and_goes_on_is_the_same_run(
     workspace: Path, unbroken: tuple[Path, float, float], stage: int, in_background: bool, seed: int
 ) -> None:
@@ -246,7 +246,7 @@ def unbroken_late(workspace: Path) -> tuple[Path, float, float]:
     return verify.run_unbroken(recipe(workspace, "unbroken-late", **LATE), LAYOUT)
 
 
-@pytest.mark.parametrize("in_background", [True])
+@pytest.mark.parametrize("in_background", [False, True])
 def test_a_full_disk_leaves_the_old_checkpoints_and_training_goes_on(
     workspace: Path, small_disk: Path, unbroken_late: tuple[Path, float, float], in_background: bool
 ) -> None:

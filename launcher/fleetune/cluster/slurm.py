@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ LIVE = frozenset(
      "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")
 )  # fmt: skip
 SECONDS = 60.0  # for a controller that is being restarted
+HELD_SECONDS = 120.0  # that Slurm holds a requeued job back
+ENDING_SECONDS = 10.0  # of which its last start may need as many to be gone
 
 
 class SlurmFailed(RuntimeError):
@@ -35,6 +38,7 @@ class Job:
     reason: str  # why it waits
     nodes: str
     name: str
+    begins: float | None = None  # seconds since the epoch; of one that waits, where Slurm says so
 
     @property
     def is_live(self) -> bool:
@@ -77,9 +81,15 @@ def jobs_of(paths: Iterable[Path]) -> dict[Path, Job]:
 
 
 def _is_held_back(path: Path, job: Job) -> bool:
-    """Whether it waits because it was requeued, and not because a person chose when it begins."""
+    """Whether it waits because it was requeued, and not because a person chose when it begins.
+
+    And has done so for a while: the batch script of its last start may still be ending, and Slurm would take that for
+    the end of a new start, which is then lost.
+    """
+    if job.state != "PENDING" or job.reason != "BeginTime" or job.begins is None:
+        return False
     has_run = any((path / "slurm").glob(f"{job.id}-*"))
-    return job.state == "PENDING" and job.reason == "BeginTime" and has_run
+    return has_run and job.begins - time.time() < HELD_SECONDS - ENDING_SECONDS
 
 
 def require() -> None:
@@ -110,12 +120,12 @@ def command(*words: str, typed: str | None = None, seconds: float = SECONDS) -> 
 
 def queue(user: str | None = None) -> dict[str, Job]:
     """The user's jobs in the queue and those that have just left it, by id; one query."""
-    fields = "%i|%T|%r|%N|%j"
+    fields = "%i|%T|%r|%N|%S|%j"
     lines = command("squeue", "--noheader", "--states=all", f"--user={user or getpass.getuser()}", f"--format={fields}")
     jobs = {}
     for line in lines.splitlines():
-        id_, state, reason, nodes, name = line.split("|", 4)
-        jobs[id_.strip()] = Job(id_.strip(), state.strip(), reason.strip(), nodes.strip(), name.strip())
+        id_, state, reason, nodes, begins, name = (field.strip() for field in line.split("|", 5))
+        jobs[id_] = Job(id_, state, reason, nodes, name, _epoch(begins))
     return jobs
 
 
@@ -150,9 +160,16 @@ def past(id_: str) -> list[Past]:
     with contextlib.suppress(SlurmFailed):
         for line in command(*words, "--format=State,End").splitlines():
             state, end = line.split("|")
-            with contextlib.suppress(ValueError):  # Unknown: it is still at work
-                found.append(Past(state.split()[0], datetime.datetime.fromisoformat(end).timestamp()))
+            if (ended := _epoch(end)) is not None:  # else it is still at work
+                found.append(Past(state.split()[0], ended))
     return sorted(found, key=lambda one: one.end)
+
+
+def _epoch(time: str) -> float | None:
+    """Of Slurm's local time; None for N/A and Unknown."""
+    with contextlib.suppress(ValueError):
+        return datetime.datetime.fromisoformat(time).timestamp()
+    return None
 
 
 def seconds_left(id_: str) -> float | None:

@@ -53,11 +53,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 def any_rank(flags: list[bool], world: World) -> list[bool]:
     """Each flag as it is on at least one rank: what all ranks agree on at a step's boundary."""
-    if world.world_size == 1:
-        return flags
-    raised = torch.tensor(flags, dtype=torch.int32, device=world.device)
-    dist.all_reduce(raised, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in raised.tolist()]
+    return [bool(flag) for flag in max_over_ranks([float(flag) for flag in flags], world)]
 
 
 def max_over_ranks(values: list[float], world: World) -> list[float]:

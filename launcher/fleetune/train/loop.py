@@ -83,9 +83,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
     """
     setup = set_up(run, world)
     recipe, total = setup.recipe, setup.total_steps
-    start = time.perf_counter()
-    progress = _resume(setup)
-    restoring = time.perf_counter() - start
+    progress, restoring = _resume(setup)
     saver = checkpoint.Saver(setup.engine, run, world, recipe.checkpoint, progress.step)
     note = start_notes(run, recipe, total, progress, logs, restoring) if world.is_main else Notes()
     meter, step_times = Meter(progress, setup.parameters, world), deque[float](maxlen=100)
@@ -214,11 +212,11 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
     )
 
 
-def _resume(setup: Setup) -> Progress:
-    """From the newest good checkpoint, or from the start."""
+def _resume(setup: Setup) -> tuple[Progress, float]:
+    """From the newest good checkpoint, or from the start; and the seconds that took."""
+    start = time.perf_counter()
     found, damaged = manifest.newest_good(setup.run, setup.world)
-    state = checkpoint.load(setup.engine, found, setup.world) if found is not None else {}
-    progress = Progress(**state)
+    progress = Progress(**(checkpoint.load(setup.engine, found, setup.world) if found is not None else {}))
     if setup.world.is_main:
         for problem in damaged:
             say(f"checkpoint {problem}")
@@ -232,7 +230,7 @@ def _resume(setup: Setup) -> Progress:
             f"ZeRO-{setup.recipe.deepspeed.zero_stage}, {precision}, {setup.world.device.type}"
         )
         _say_cadence(setup, progress)
-    return progress
+    return progress, time.perf_counter() - start
 
 
 def _compose(setup: Setup, epoch: int) -> list[Ints]:
