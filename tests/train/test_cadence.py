@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
-from multiprocessing import get_context
-from typing import Any
 
 import pytest
 from ranks import group_environment, rank_variables
@@ -103,30 +102,32 @@ def test_the_policy_needs_no_torch() -> None:
 # ---------------------------------------------------------------- all ranks alike
 
 
-def _rank(rank: int, port: int, answers: Any) -> None:
-    """Two ranks whose clocks and disks differ, through the loop's own reduction."""
-    import os
+RANK = """
+import json, sys
+from fleetune.train import distributed
+from fleetune.train.cadence import steps_between_saves
 
-    from fleetune.train import distributed
-
-    os.environ |= group_environment() | rank_variables(rank, 2, port)
-    world = distributed.start()
-    mine = [[2.0, 5.0], [8.0, 1.0]][rank]
-    agreed = distributed.max_over_ranks(mine, world)
-    answers.put((agreed, steps_between_saves(*agreed, 4.0), steps_between_saves(*mine, 4.0)))
-    distributed.stop()
+world = distributed.start()
+mine = [[2.0, 5.0], [8.0, 1.0]][world.rank]
+agreed = distributed.max_over_ranks(mine, world)
+json.dump([agreed, steps_between_saves(*agreed, 4.0), steps_between_saves(*mine, 4.0)], sys.stdout)
+distributed.stop()
+"""
 
 
 def test_ranks_that_measure_differently_save_at_the_same_step() -> None:
-    context = get_context("spawn")
-    answers = context.Queue()
+    """Two ranks whose clocks and disks differ, through the loop's own reduction."""
     port = int(rank_variables()["MASTER_PORT"])
-    ranks = [context.Process(target=_rank, args=(rank, port, answers)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = [answers.get(timeout=200) for _ in ranks]
-    for process in ranks:
-        process.join(timeout=200)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK],
+            env=group_environment() | rank_variables(rank, 2, port),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    found = [json.loads(rank.communicate(timeout=200)[0]) for rank in ranks]
     assert [agreed for agreed, _, _ in found] == [[8.0, 5.0]] * 2
     assert found[0][1] == found[1][1] == 96
     assert {alone for _, _, alone in found} == {48, 480}  # what would have been a deadlock
