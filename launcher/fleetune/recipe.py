@@ -43,6 +43,7 @@ _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^
 _PATH_KEYS: tuple[Path_, ...] = (
     ("output_dir",),
     ("model", "model_name_or_path"),
+    ("teacher", "model_name_or_path"),
     *(("data", split, "path") for split in ("train", "validation", "test")),
 )
 
@@ -84,13 +85,15 @@ def local_or_hub(value: str, folder: Path, is_local: bool = False) -> str:
 
 def _lookup(values: Any, path: Path_) -> tuple[Any, Any]:
     for part in path[:-1]:
-        values = values.get(part) if isinstance(values, dict) else None
+        values = inside(values, part)
     return values, path[-1]
 
 
 def _localise(values: dict[str, Any], origin: str, folder: Path) -> None:
     """Expands variables and makes paths absolute, in the values that one file or override set."""
-    for key in _PATH_KEYS:
+    teachers = values.get("teachers")
+    listed = range(len(teachers)) if isinstance(teachers, list) else ()
+    for key in (*_PATH_KEYS, *(("teachers", i, "model_name_or_path") for i in listed)):
         parent, last = _lookup(values, key)
         if isinstance(parent, dict) and isinstance(parent.get(last), str):
             where = f"{origin}: {dotted(key)}"

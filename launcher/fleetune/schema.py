@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
+
+from fleetune.losses import CrossEntropy, Loss, MeanSquaredError
+from fleetune.sections import Fraction, NotNegative, NotNegativeInt, Positive, Scalar, Section
 
 
 class RecipeError(ValueError):
     """One or more faults of a recipe, each a line with the file, the key's path, the value and what would be right."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-        serialize_by_alias=True,
-    )
-
-
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0.0)]
-NotNegativeInt = Annotated[int, Field(ge=0)]
-
-
-def _scalar(value: Any) -> Any:
-    """One message where the union below would give four."""
-    if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
-        raise PydanticCustomError("scalar", "should be text, a finite number, true or false")
-    return value
-
-
-Scalar = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
 
 
 def _save_steps(value: Any) -> Any:
@@ -126,45 +100,6 @@ class Data(Section):
     """Steps in the order they run; each reports how many rows it touched."""
     augmentation: list[Augmentation] = []
     """Training rows only, drawn anew every epoch by (seed, epoch, row)."""
-
-
-class CrossEntropy(Section):
-    kind: Literal["cross_entropy"]
-    """For classification: minus the logarithm of the right class's probability."""
-    weight: float = 1.0
-    """What this loss is multiplied by in the sum of all."""
-    label_smoothing: Fraction = 0.0
-    """The share of the target that is spread evenly over all classes."""
-    class_weights: list[NotNegative] | None = None
-    """One weight for each class, as in PyTorch: the mean divides by the sum of the examples' class weights."""
-
-
-class MeanSquaredError(Section):
-    kind: Literal["mse"]
-    """For regression: the squared error."""
-    weight: float = 1.0
-    """What this loss is multiplied by in the sum of all."""
-
-
-class L1Penalty(Section):
-    kind: Literal["l1_penalty"]
-    """Draws parameters to 0, and many of them all the way."""
-    weight: NotNegative
-    """Times the sum of |p|."""
-    parameters: list[str] = ["*.weight"]
-    """Dotted names, with * for any run of characters."""
-
-
-class L2Penalty(Section):
-    kind: Literal["l2_penalty"]
-    """Draws parameters to 0, large ones most."""
-    weight: NotNegative
-    """Times the sum of p². It goes through Adam's moments, which training.weight_decay does not."""
-    parameters: list[str] = ["*.weight"]
-    """Dotted names, with * for any run of characters."""
-
-
-Loss = Annotated[CrossEntropy | MeanSquaredError | L1Penalty | L2Penalty, Field(discriminator="kind")]
 
 
 class Training(Section):
@@ -283,6 +218,28 @@ class Tracking(Section):
     """Streams the metrics to Weights & Biases; without this section they stand in metrics.jsonl alone."""
 
 
+class TeacherDeepSpeed(Section):
+    zero_stage: Literal[0, 3] = 0
+    """3 cuts the teacher's parameters over the ranks, where one GPU has no room for them; with 0 each rank has all."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """Where idle parameter shards live; ZeRO-3."""
+
+
+class Teacher(Section):
+    model_name_or_path: str
+    """A model of the same task: a hub name, a folder, a finished run of Fleetune, or package://NAME/FOLDER."""
+    revision: str | None = None
+    """The hub revision of the model and its tokenizer."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Its share among several teachers."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What its weights are held in, and computed in; as training.bf16 and fp16 say when auto."""
+    deepspeed: TeacherDeepSpeed = TeacherDeepSpeed()
+    """How its memory is shared among the ranks."""
+    trust_remote_code: bool = False
+    """Lets it run Python code of its own that lies beside its weights: for authors you trust."""
+
+
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     """The run's folder is output_dir/name."""
@@ -296,6 +253,10 @@ class Recipe(Section):
     """Which rows, and how they become tokens."""
     losses: list[Loss] = []
     """What is minimised: the sum of these. The task's own loss, cross_entropy or mse, when absent."""
+    teacher: Teacher | None = None
+    """The model that the losses distillation, hidden_states, embedding and attention learn from."""
+    teachers: list[Teacher] = []
+    """In place of `teacher`, where there are several."""
     kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
     """What computes the losses: Triton on a GPU and chunked PyTorch elsewhere, or the plain formulas (reference)."""
     training: Training = Training()
@@ -327,6 +288,12 @@ def losses_of(recipe: Recipe) -> list[Any]:
     if recipe.losses:
         return list(recipe.losses)
     return [CrossEntropy(kind="cross_entropy") if recipe.task == "classification" else MeanSquaredError(kind="mse")]
+
+
+def teachers_of(recipe: Recipe) -> list[tuple[str, Teacher]]:
+    """Each teacher with its key's path."""
+    single = [] if recipe.teacher is None else [("teacher", recipe.teacher)]
+    return single + [(f"teachers.{i}", teacher) for i, teacher in enumerate(recipe.teachers)]
 
 
 def metrics_of(recipe: Recipe) -> tuple[Metric, ...]:

@@ -10,7 +10,8 @@ import yaml
 
 from fleetune.cluster.profile import OURS, Container, Profile, is_profile, load_profile, minutes_of
 from fleetune.faults import shown
-from fleetune.schema import Recipe, RecipeError, Section
+from fleetune.schema import Recipe, RecipeError
+from fleetune.sections import Section
 
 PROFILES = Path(__file__).parents[2] / "slurm"
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from fleetune.schema import Recipe
+from fleetune.train.alignment import Outputs
 from fleetune.train.batches import MicroBatch
 from fleetune.train.objectives import Term, build_penalties, build_terms
 
@@ -43,7 +44,7 @@ def micro(labels: torch.Tensor, weights: torch.Tensor | None = None) -> MicroBat
 
 def value(term: Term, logits: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     """As the loop forms it: the divisors are summed in fp64."""
-    return term.forward(logits, batch, term.divisor(batch).double())
+    return term.forward(Outputs(logits), [], batch, term.divisor(batch).double())
 
 
 def example(rows: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -131,7 +132,7 @@ def test_micro_batches_sum_to_the_whole(
     whole = value(found, logits, micro(labels, weights))
     pieces = list(zip(logits.split(sizes), labels.split(sizes), weights.split(sizes), strict=True))
     num_items = torch.stack([found.divisor(micro(y, u)).double() for _, y, u in pieces]).sum()
-    total = torch.stack([found.forward(x, micro(y, u), num_items) for x, y, u in pieces]).sum()
+    total = torch.stack([found.forward(Outputs(x), [], micro(y, u), num_items) for x, y, u in pieces]).sum()
     torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-14)
     (expected,), (gradient,) = torch.autograd.grad(whole, logits, retain_graph=True), torch.autograd.grad(total, logits)
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
@@ -143,7 +144,7 @@ def test_filler_rows_add_nothing(task: str, classes: int, loss: dict[str, Any]) 
     found = term(*([loss] if loss else []), task=task)
     filler = micro(labels[:1], torch.zeros(1))
     assert found.divisor(filler) == 0
-    part = found.forward(logits[:1], filler, found.divisor(micro(labels, weights)).double())
+    part = found.forward(Outputs(logits[:1]), [], filler, found.divisor(micro(labels, weights)).double())
     assert part.item() == 0
     assert torch.autograd.grad(part, logits)[0].abs().max() == 0
 

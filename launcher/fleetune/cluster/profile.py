@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from fleetune.faults import fault_lines, shown
-from fleetune.schema import Recipe, RecipeError, Section
+from fleetune.schema import Recipe, RecipeError
+from fleetune.sections import Section
 from fleetune.strict_yaml import parse_yaml
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")

@@ -61,14 +61,17 @@ def cache_key(recipe: Recipe, tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_content(tokenizer: Any) -> Any:
+    """All that decides which tokens a text becomes: equal for equal tokenizers, wherever they were loaded from."""
     if getattr(tokenizer, "is_fast", False):
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         # What the last call asked for, not what the tokenizer is.
-        backend = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}
-    else:
-        backend = [type(tokenizer).__name__, tokenizer.init_kwargs, tokenizer.get_vocab()]
-    text = json.dumps([backend, tokenizer.truncation_side], default=str)
+        return {key: value for key, value in backend.items() if key not in ("truncation", "padding")}
+    return [type(tokenizer).__name__, tokenizer.init_kwargs, tokenizer.get_vocab()]
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    text = json.dumps([tokenizer_content(tokenizer), tokenizer.truncation_side], default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -23,9 +23,10 @@ from fleetune.schema import Recipe, RecipeError
 from fleetune.train import distributed, engine
 from fleetune.train.batches import compose_epoch
 from fleetune.train.distributed import World
-from fleetune.train.loop import augmenter, forward_backward, read_window, set_up
+from fleetune.train.loop import forward_backward
 from fleetune.train.progress import Progress
 from fleetune.train.rank import run_rank
+from fleetune.train.setup import augmenter, read_window, set_up
 from fleetune.train.sources import Ints
 from fleetune.train.speed import Meter
 

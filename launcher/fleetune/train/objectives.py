@@ -7,15 +7,30 @@ scales anything. A penalty is a term over parameters, formed once for each optim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
+from torch.nn import functional
 
-from fleetune.schema import CrossEntropy, L1Penalty, L2Penalty, MeanSquaredError, Recipe, losses_of
+from fleetune.losses import (
+    Attention,
+    CrossEntropy,
+    Distillation,
+    Embedding,
+    HiddenStates,
+    L1Penalty,
+    L2Penalty,
+    MeanSquaredError,
+)
+from fleetune.schema import Recipe, losses_of
+from fleetune.train.alignment import PROJECTIONS, Match, Outputs
 from fleetune.train.batches import MicroBatch
-from fleetune_kernels import cross_entropy, supervised_weight
+from fleetune_kernels import cross_entropy, distillation_loss, supervised_weight
 
 
 @dataclass(frozen=True)
@@ -24,8 +39,8 @@ class Term:
     weight: float
     divisor: Callable[[MicroBatch], torch.Tensor]  # -> scalar, before the model runs
     forward: Callable[
-        [torch.Tensor, MicroBatch, torch.Tensor], torch.Tensor
-    ]  # logits (B, C), batch, num_items -> scalar
+        [Outputs, list[Outputs], MicroBatch, torch.Tensor], torch.Tensor
+    ]  # the student's, each teacher's, batch, num_items -> scalar
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,8 @@ class Penalty:
     power: int  # 1 or 2
 
     def matches(self, parameter: str) -> bool:
-        return any(fnmatchcase(parameter, pattern) for pattern in self.patterns)
+        is_own = not parameter.startswith(f"{PROJECTIONS}.")  # these serve the distillation alone
+        return is_own and any(fnmatchcase(parameter, pattern) for pattern in self.patterns)
 
     def value(self, shard: torch.Tensor) -> torch.Tensor:
         return self.weight * (shard.abs().sum() if self.power == 1 else shard.square().sum())
@@ -47,15 +63,31 @@ class Penalty:
         return self.weight * (shard.sign() if self.power == 1 else 2.0 * shard)
 
 
-def build_terms(recipe: Recipe, device: torch.device) -> list[Term]:
-    terms = []
-    for loss in losses_of(recipe):
+def build_terms(
+    recipe: Recipe, device: torch.device, matches: Sequence[Match] = (), shares: Sequence[float] = ()
+) -> list[Term]:
+    """One for each of the recipe's losses but the penalties; several of a kind are numbered.
+
+    `shares` are the teachers', and `matches` the layers that are drawn to theirs.
+    """
+    terms: list[Term] = []
+    for index, loss in enumerate(losses_of(recipe)):
+        own = [match for match in matches if match.loss == index]
         if isinstance(loss, CrossEntropy):
-            terms.append(_cross_entropy(loss, device, recipe.kernels))
+            term = _cross_entropy(loss, device, recipe.kernels)
         elif isinstance(loss, MeanSquaredError):
-            terms.append(
-                Term("mse", loss.weight, lambda batch: batch.weights.sum(dtype=torch.float64), _mean_squared_error)
-            )
+            term = Term("mse", loss.weight, _examples_weight, _mean_squared_error)
+        elif isinstance(loss, Distillation):
+            term = _distillation(loss, shares, recipe.kernels)
+        elif isinstance(loss, HiddenStates | Embedding):
+            term = Term(loss.kind, loss.weight, _tokens_weight, functools.partial(_features, loss, own, shares))
+        elif isinstance(loss, Attention):
+            compare = _maps if loss.of == "maps" else functools.partial(_relations, loss.relation_heads)
+            term = Term(loss.kind, loss.weight, _tokens_weight, functools.partial(compare, own, shares))
+        else:
+            continue
+        same = sum(known.name.startswith(term.name) for known in terms)
+        terms.append(term if not same else dataclasses.replace(term, name=f"{term.name}_{same + 1}"))
     return terms
 
 
@@ -85,9 +117,9 @@ def _cross_entropy(loss: CrossEntropy, device: torch.device, kernels: str) -> Te
     def divisor(batch: MicroBatch) -> torch.Tensor:
         return supervised_weight(batch.labels, weight=weight, token_weights=batch.weights)
 
-    def forward(logits: torch.Tensor, batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
+    def forward(student: Outputs, _: list[Outputs], batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
         value: torch.Tensor = cross_entropy(
-            logits,
+            student.logits,
             batch.labels,
             weight=weight,
             token_weights=batch.weights,
@@ -100,9 +132,149 @@ def _cross_entropy(loss: CrossEntropy, device: torch.device, kernels: str) -> Te
     return Term("cross_entropy", loss.weight, divisor, forward)
 
 
-def _mean_squared_error(logits: torch.Tensor, batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
+def _examples_weight(batch: MicroBatch) -> torch.Tensor:
+    return batch.weights.sum(dtype=torch.float64)
+
+
+def _mean_squared_error(student: Outputs, _: list[Outputs], batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
     """sum_i u_i (y_i - x_i)² / num_items, in fp32."""
-    scores = logits.squeeze(-1)
-    scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores = _precise(student.logits.squeeze(-1))
     errors = (scores - batch.labels.to(scores.dtype)).square() * batch.weights
-    return errors.sum() / num_items.to(errors.dtype).clamp(min=torch.finfo(errors.dtype).tiny)
+    return _divided(errors.sum(), num_items)
+
+
+def _precise(values: torch.Tensor) -> torch.Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _divided(total: torch.Tensor, num_items: torch.Tensor) -> torch.Tensor:
+    """0 where nothing counts."""
+    return total / num_items.to(total.dtype).clamp(min=torch.finfo(total.dtype).tiny)
+
+
+# ---------------------------------------------------------------- from a teacher
+
+
+def _distillation(loss: Distillation, shares: Sequence[float], kernels: str) -> Term:
+    def against(student: Outputs, logits: torch.Tensor, batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
+        value: torch.Tensor = distillation_loss(
+            student.logits,
+            logits,
+            temperature=loss.temperature,
+            divergence=loss.divergence,
+            beta=loss.beta,
+            token_weights=batch.weights,
+            num_items=num_items,
+            backend=kernels,
+        )
+        return value
+
+    def forward(student: Outputs, teachers: list[Outputs], batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
+        if loss.combine == "losses":
+            values = [against(student, teacher.logits, batch, num_items) for teacher in teachers]
+            return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum()
+        targets = [teacher.logits for teacher in teachers]
+        return against(student, _mixed(targets, shares, loss.temperature), batch, num_items)
+
+    return Term("distillation", loss.weight, _examples_weight, forward)
+
+
+def _mixed(logits: list[torch.Tensor], shares: Sequence[float], temperature: float) -> torch.Tensor:
+    """Logits (B, C) whose soft targets at this temperature are the weighted mean of the teachers'."""
+    if len(logits) == 1:
+        return logits[0]
+    targets = [
+        functional.log_softmax(_precise(one) / temperature, -1) + math.log(share)
+        for one, share in zip(logits, shares, strict=True)
+    ]
+    return temperature * torch.logsumexp(torch.stack(targets), 0)
+
+
+def _token_weights(batch: MicroBatch) -> torch.Tensor:
+    """(B, L): each token's weight is its example's, and padding has none."""
+    return batch.inputs["attention_mask"] * batch.weights[:, None]
+
+
+def _tokens_weight(batch: MicroBatch) -> torch.Tensor:
+    return _token_weights(batch).sum(dtype=torch.float64)
+
+
+def _features(
+    loss: HiddenStates | Embedding,
+    matches: list[Match],
+    shares: Sequence[float],
+    student: Outputs,
+    teachers: list[Outputs],
+    batch: MicroBatch,
+    num_items: torch.Tensor,
+) -> torch.Tensor:
+    """Over tokens: the mean over features of (s - t)², or 1 - cos(s, t); the mean over the pairs of layers."""
+
+    def compare(match: Match) -> torch.Tensor:
+        plain = student.hidden_states[match.student_layer + 1]
+        mine = _precise(student.projected.get(match.name, plain))
+        theirs = teachers[match.teacher].hidden_states[match.teacher_layer + 1].to(mine.dtype)
+        if loss.distance == "cosine":
+            return 1 - functional.cosine_similarity(mine, theirs, dim=-1)
+        return (mine - theirs).square().mean(-1)
+
+    return _over_tokens(compare, matches, shares, batch, num_items)
+
+
+def _maps(
+    matches: list[Match],
+    shares: Sequence[float],
+    student: Outputs,
+    teachers: list[Outputs],
+    batch: MicroBatch,
+    num_items: torch.Tensor,
+) -> torch.Tensor:
+    """Over tokens, the mean over heads of KL(teacher's attention || student's)."""
+
+    def compare(match: Match) -> torch.Tensor:
+        mine = _precise(student.attentions[match.student_layer])  # (B, H, L, L)
+        theirs = teachers[match.teacher].attentions[match.teacher_layer].to(mine.dtype)
+        tiny = torch.finfo(mine.dtype).tiny  # a padded key has probability 0 in both
+        return (torch.xlogy(theirs, theirs) - theirs * mine.clamp(min=tiny).log()).sum(-1).mean(1)
+
+    return _over_tokens(compare, matches, shares, batch, num_items)
+
+
+def _relations(
+    heads: int | None,
+    matches: list[Match],
+    shares: Sequence[float],
+    student: Outputs,
+    teachers: list[Outputs],
+    batch: MicroBatch,
+    num_items: torch.Tensor,
+) -> torch.Tensor:
+    """MiniLM's value relation: KL of softmax(V Vᵀ / sqrt(d)), head by head (arXiv 2002.10957, 2012.15828)."""
+    padding = batch.inputs["attention_mask"][:, None, None, :] == 0
+
+    def relation(values: torch.Tensor, cut: int) -> torch.Tensor:
+        each = _precise(values).view(*values.shape[:2], cut, -1).transpose(1, 2)  # (B, H, L, d)
+        scores: torch.Tensor = each @ each.mT / math.sqrt(each.shape[-1])
+        return scores.masked_fill(padding, torch.finfo(scores.dtype).min).log_softmax(-1)
+
+    def compare(match: Match) -> torch.Tensor:
+        cut = heads or match.heads
+        mine = relation(student.values[match.student_layer], cut)
+        theirs = relation(teachers[match.teacher].values[match.teacher_layer], cut).to(mine.dtype)
+        return (theirs.exp() * (theirs - mine)).sum(-1).mean(1)
+
+    return _over_tokens(compare, matches, shares, batch, num_items)
+
+
+def _over_tokens(
+    compare: Callable[[Match], torch.Tensor],  # -> (B, L)
+    matches: list[Match],
+    shares: Sequence[float],
+    batch: MicroBatch,
+    num_items: torch.Tensor,
+) -> torch.Tensor:
+    """sum over tokens of u_i, the teachers' shares and the mean over their pairs of layers, / num_items."""
+    weights = _token_weights(batch)
+    pairs = len(matches) / len(shares)  # of one teacher
+    totals = [shares[match.teacher] * (compare(match) * weights).sum() for match in matches]
+    return _divided(torch.stack(totals).sum() / pairs, num_items)

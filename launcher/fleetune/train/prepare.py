@@ -4,6 +4,7 @@ model, data and machine, tokenises into the cache, and prints a JSON report. Exi
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fleetune import runs
+from fleetune.losses import CrossEntropy
 from fleetune.recipe import parse_recipe
-from fleetune.schema import CrossEntropy, Recipe, RecipeError
+from fleetune.schema import Recipe, RecipeError, teachers_of
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -63,14 +65,35 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
         raise RecipeError(
             f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its tokenizer has no padding token"
         )
+    counted = _check_model(recipe, config)
+    _check_teachers(recipe, config, counted["num_hidden_layers"], tokenizer, prepared.label_names)
     return {
         **prepared.report,
-        **_check_model(recipe, config),
+        **counted,
         "has_fast_bf16": has_fast_bf16(),
         "dropout": [
             name for name, value in config.to_dict().items() if "drop" in name and isinstance(value, float) and value
         ],
     }
+
+
+def _check_teachers(recipe: Recipe, config: Any, layers: int, tokenizer: Any, label_names: list[str]) -> None:
+    """`layers`: how many of them the student has in the end."""
+    from fleetune.train.alignment import matches_of
+    from fleetune.train.teacher import check_teacher, load_teacher_config
+
+    configs = []
+    for key, teacher in teachers_of(recipe):
+        configs.append(load_teacher_config(recipe, teacher, key))
+        check_teacher(recipe, teacher, key, configs[-1], tokenizer, label_names)
+    if not configs:
+        return
+    student = copy.deepcopy(config)
+    student.num_hidden_layers = layers
+    try:
+        matches_of(recipe, student, configs)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
 
 
 def _check_model(recipe: Recipe, config: Any) -> dict[str, Any]:
@@ -115,6 +138,7 @@ def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
     except ValueError as error:
         raise RecipeError(str(error)) from None
     return {
+        "num_hidden_layers": model.config.num_hidden_layers,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }

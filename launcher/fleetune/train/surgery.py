@@ -26,3 +26,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> int:
     if frozen == len(names):
         raise ValueError(f"model.freeze = {patterns}: freezes every parameter; nothing would train")
     return frozen
+
+
+def value_projections(model: nn.Module) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if name.endswith("attention.self.value")]

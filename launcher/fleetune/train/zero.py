@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fleetune.schema import TeacherDeepSpeed
+
 
 def import_deepspeed() -> Any:
     """DeepSpeed, quiet; what starts it first sets this for the whole process, and on ZeRO-3 that is the model."""
@@ -47,6 +49,27 @@ def partitioned(config: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         unset_hf_deepspeed_config()
+
+
+def inference_config(settings: TeacherDeepSpeed, dtype: torch.dtype, micro_batch_size: int) -> dict[str, Any]:
+    """DeepSpeed's settings for a model that is only run."""
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload_param != "none":
+        zero["offload_param"] = {"device": settings.offload_param, "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "steps_per_print": 2**31,
+    }
+
+
+def inference_engine(model: nn.Module, config: dict[str, Any]) -> Any:
+    """The model with its parameters cut over the ranks, gathered layer by layer while it runs."""
+    engine, *_ = import_deepspeed().initialize(model=model, config=config)
+    engine.eval()
+    return engine
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:

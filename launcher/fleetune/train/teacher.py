@@ -1,0 +1,140 @@
+"""The teachers: frozen, in eval mode, run over the student's own micro-batches beside it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fleetune.batch import Batch
+from fleetune.schema import Recipe, Teacher, teachers_of
+from fleetune.train import zero
+from fleetune.train.alignment import Asked, Outputs, asked_by, run
+from fleetune.train.cache import tokenizer_content
+from fleetune.train.distributed import World
+from fleetune.train.model import ModelError, load
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedTeacher:
+    config: Any
+    weight: float  # its share; all together are 1
+    module: nn.Module
+    engine: Any  # DeepSpeed's where its parameters are cut over the ranks, or the module itself
+    inputs: frozenset[str]  # that its forward takes
+    columns: torch.Tensor | None  # (C,) its logits' order, where that is not the student's
+    asked: Asked
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, torch.Tensor]) -> Outputs:
+        known = {name: tensor for name, tensor in inputs.items() if name in self.inputs}
+        outputs = run(self.engine, self.module, known, self.asked)
+        if self.columns is None:
+            return outputs
+        return Outputs(outputs.logits[:, self.columns], outputs.hidden_states, outputs.attentions, outputs.values)
+
+
+def load_teachers(
+    recipe: Recipe, label_names: list[str], batch: Batch, world: World, dtype: torch.dtype | None = None
+) -> list[LoadedTeacher]:
+    """All that the recipe names, each in its own dtype, or in this one. Raises ModelError."""
+    asked, named = asked_by(recipe), teachers_of(recipe)
+    total = sum(teacher.weight for _, teacher in named)
+    found = []
+    for key, teacher in named:
+        config = load_teacher_config(recipe, teacher, key)
+        columns = label_columns(recipe, config, label_names, key)
+        model, engine = _load(teacher, key, config, dtype or _dtype(recipe, teacher), batch, world)
+        found.append(
+            LoadedTeacher(
+                config,
+                teacher.weight / total,
+                model,
+                engine,
+                frozenset(inspect.signature(model.forward).parameters),
+                None if columns == list(range(len(columns))) else torch.tensor(columns, device=world.device),
+                asked,
+            )
+        )
+    return found
+
+
+def _load(
+    teacher: Teacher, key: str, config: Any, dtype: torch.dtype, batch: Batch, world: World
+) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForSequenceClassification
+
+    settings = zero.inference_config(teacher.deepspeed, dtype, batch.micro_batch_size)
+    with zero.partitioned(settings):
+        model = load(AutoModelForSequenceClassification, teacher, key, config=config, dtype=dtype)
+    model.requires_grad_(False).eval()
+    if teacher.deepspeed.zero_stage == 0:
+        return model.to(world.device), model
+    engine = zero.inference_engine(model, settings)
+    return model, engine
+
+
+def _dtype(recipe: Recipe, teacher: Teacher) -> torch.dtype:
+    if teacher.dtype != "auto":
+        return DTYPES[teacher.dtype]
+    training = recipe.training
+    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+
+
+def load_teacher_config(recipe: Recipe, teacher: Teacher, key: str) -> Any:
+    from transformers import AutoConfig
+
+    config = load(AutoConfig, teacher, key)
+    if asked_by(recipe).attentions:
+        config._attn_implementation = "eager"
+    return config
+
+
+# ---------------------------------------------------------------- whether it fits the student
+
+
+def check_teacher(recipe: Recipe, teacher: Teacher, key: str, config: Any, tokenizer: Any, labels: list[str]) -> None:
+    """Raises ModelError for a teacher of other tokens or labels than the student's."""
+    from transformers import AutoTokenizer
+
+    label_columns(recipe, config, labels, key)
+    own = load(AutoTokenizer, teacher, key)
+    if tokenizer_content(own) == tokenizer_content(tokenizer):
+        return
+    mine, theirs = tokenizer.get_vocab(), own.get_vocab()
+    if len(mine) != len(theirs):
+        reason = f"it has {len(theirs)} tokens and the student's {len(mine)}"
+    elif mine != theirs:
+        token = min((t for t in mine if theirs.get(t) != mine[t]), key=lambda t: mine[t])
+        reason = f"the student's token {mine[token]}, {token!r}, is {theirs.get(token, 'none')} there"
+    else:
+        reason = "the tokens are the same, but not how text is cut into them"
+    raise ModelError(
+        f"{key}.model_name_or_path = {teacher.model_name_or_path!r}: its tokenizer is not the student's: {reason}. "
+        "A soft target stands for the student's own tokens, so both must read the same ones"
+    )
+
+
+def label_columns(recipe: Recipe, config: Any, labels: list[str], key: str) -> list[int]:
+    """Which of the teacher's logits stands for each label of the data, by name.
+
+    Names are compared without case. A teacher that has none of its own (LABEL_0, LABEL_1, ...) is taken by number.
+
+    Raises:
+        ModelError: it has other labels.
+    """
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if recipe.task == "regression" or names == [f"LABEL_{i}" for i in range(len(labels))]:
+        return list(range(len(names)))
+    place = {name.casefold(): i for i, name in enumerate(names)}
+    if sorted(place) != sorted(label.casefold() for label in labels) or len(names) != len(labels):
+        raise ModelError(
+            f"{key}.model_name_or_path: the teacher's labels are {', '.join(names[:10])}, and the data's are "
+            f"{', '.join(labels[:10])}"
+        )
+    return [place[label.casefold()] for label in labels]
