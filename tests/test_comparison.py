@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -245,8 +246,8 @@ def test_latency_has_its_lines_and_says_how_it_was_measured(tmp_path: Path) -> N
     (row,) = rows(make_run(tmp_path, "a"))
     row = replace(row, latency=LATENCY)
     expected = {
-        "tokens a row": "27 (test)", "CPU ms, batch 1": "8.12 (8-9.5)", "CPU samples/s, batch 1": "123",
-        "CPU ms, batch 32": "1300 (1200-1500)", "CPU samples/s, batch 32": "24.6",
+        "tokens a row": "27 (test)", "CPU ms, batch 1": "8.12 (8-9.5)", "CPU rows/s, batch 1": "123",
+        "CPU ms, batch 32": "1300 (1200-1500)", "CPU rows/s, batch 32": "24.6",
     }  # fmt: skip
     assert expected.items() <= column(row).items()
     assert not any("GPU" in line for line in column(row))
@@ -290,3 +291,34 @@ def test_latency_needs_a_model_of_every_run_that_is_asked_for(tmp_path: Path) ->
     done = CliRunner().invoke(app, ["compare", str(run), "--latency"])
     said = f"error: {run}: is a run that has not written its model yet; --latency needs it\n"
     assert (done.exit_code, done.stderr) == (2, said)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(runs.WRONG, "error: a: no"), (runs.FAILED, "error: measuring failed: a: no")]
+)
+def test_measuring_that_fails_is_told_with_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, said: str
+) -> None:
+    def fails(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, code, "", "noise\nfleetune: error: a: no\n")
+
+    monkeypatch.setattr("fleetune.comparison.subprocess.run", fails)
+    done = CliRunner().invoke(app, ["compare", str(make_run(tmp_path, "a")), "--latency"])
+    assert (done.exit_code, done.stderr) == (code, f"{said}\n")
+
+
+def test_a_baseline_that_is_not_finished_keeps_nothing_from_being_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, baseline = make_run(tmp_path, "a", info={"baseline": "b"}), make_run(tmp_path, "b")
+    (baseline / "eval.json").unlink()
+    (baseline / "model" / "config.json").unlink()
+
+    def measured(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[-3:] == ["--threads", "2", str(run)]
+        return subprocess.CompletedProcess(command, 0, json.dumps({**MACHINE, "models": [LATENCY]}), "")
+
+    monkeypatch.setattr("fleetune.comparison.subprocess.run", measured)
+    found, machine = comparison.measure(rows(run), 2)
+    assert [row.latency for row in found] == [LATENCY, None]
+    assert machine == MACHINE

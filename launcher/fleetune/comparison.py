@@ -255,12 +255,7 @@ FIRST_LINES = ("run", "n", "weights", "state")
 LAST_LINES = (
     *(line for line, _ in WRITTEN.values()),
     "tokens a row",
-    *(
-        f"{device} {what}, batch {size}"
-        for device in ("CPU", "GPU")
-        for what in ("ms", "samples/s")
-        for size in (1, 32)
-    ),
+    *(f"{device} {what}, batch {size}" for device in ("CPU", "GPU") for what in ("ms", "rows/s") for size in (1, 32)),
 )
 
 
@@ -325,7 +320,7 @@ def _latency_cells(latency: dict[str, Any]) -> dict[str, str]:
         for size, measured in latency.get(device, {}).items():
             low, high = map(_three_digits, measured["quartiles"])
             cells[f"{device.upper()} ms, batch {size}"] = f"{_three_digits(measured['milliseconds'])} ({low}-{high})"
-            cells[f"{device.upper()} samples/s, batch {size}"] = _three_digits(measured["samples_per_second"])
+            cells[f"{device.upper()} rows/s, batch {size}"] = _three_digits(measured["samples_per_second"])
     return cells
 
 

@@ -41,7 +41,7 @@ def test_the_command_measures_shows_and_writes(folder: Path, tmp_path: Path) -> 
     models = [str(folder / name) for name in ("trained", "orphan")]
     done = CliRunner().invoke(app, ["compare", *models, "--latency", "--threads", "1", "--json", str(written)])
     assert done.exit_code == 0, done.stderr
-    for line in ("tokens a row", "CPU ms, batch 1 ", "CPU samples/s, batch 32", "1 thread(s): fp32", "(random)"):
+    for line in ("tokens a row", "CPU ms, batch 1 ", "CPU rows/s, batch 32", "1 thread(s): fp32", "(random)"):
         assert line in done.stdout
     report = runs.read_json(written)
     assert report["machine"]["threads"] == 1
@@ -73,7 +73,7 @@ def test_without_its_data_a_model_gets_random_tokens_of_one_length(folder: Path)
     subject = load(folder / "orphan")
     assert subject.source == "random"
     assert subject.batches[32]["input_ids"].shape == (32, min(RANDOM_LENGTH, 32))
-    assert subject.model.dtype == torch.float32  # type: ignore[comparison-overlap]
+    assert subject.model.dtype == torch.float32
 
 
 def test_models_have_their_turns_round_by_round_forth_and_back() -> None:
