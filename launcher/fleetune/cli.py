@@ -233,20 +233,56 @@ def evaluate(
 
 
 @app.command()
-def compare(folders: Annotated[list[Path], typer.Argument(metavar="RUN...", show_default=False)]) -> None:
-    """A table of runs, each with its from-scratch baseline where there is one."""
-    _print_comparison(folders)
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", show_default=False)],
+    latency: Annotated[bool, typer.Option("--latency", help="Also measure the models on this machine.")] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="For --latency on the CPU; its cores when absent.", show_default=False)
+    ] = None,
+    by_run: Annotated[bool, typer.Option("--by-run", help="Each run alone, not the seeds of one together.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures.", show_default=False)
+    ] = None,
+) -> None:
+    """A table of runs, each with its from-scratch baseline where there is one; seeds of one recipe are one."""
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        fail(f"--json {json_file}: there is no folder {json_file.parent}")
+    if threads is not None and not latency:
+        fail(f"--threads {threads}: is for --latency")
+    _print_comparison(folders, latency=latency, threads=threads, by_run=by_run, json_file=json_file)
 
 
-def _print_comparison(folders: list[Path]) -> None:
-    from fleetune import report
+def _print_comparison(
+    folders: list[Path],
+    *,
+    latency: bool = False,
+    threads: int | None = None,
+    by_run: bool = False,
+    json_file: Path | None = None,
+) -> None:
+    from fleetune import comparison, runs
     from fleetune.schema import RecipeError
 
+    machine = None
     try:
-        table = report.comparison(folders)
+        rows = comparison.rows_of(comparison.find(folders), by_run=by_run)
+        if latency:
+            threads = threads or _plan(1, 1).threads
+            typer.echo(f"measuring the latency of {len(rows)} model(s) with {threads} thread(s)")
+            rows, machine = comparison.measure(rows, threads)
     except RecipeError as error:
         fail(str(error))
-    print_table(table)
+    except RuntimeError as error:
+        fail(f"measuring failed: {error}", 1)
+    for table in comparison.tables(rows):
+        print_table(table, comparison.WIDTH)
+    for note in comparison.notes(rows, machine):
+        typer.echo(note)
+    if json_file is not None:
+        try:
+            runs.write_json(json_file, comparison.as_json(rows, machine))
+        except OSError as error:
+            fail(f"--json {json_file}: cannot be written: {error.strerror}")
 
 
 @app.command()

@@ -23,52 +23,6 @@ if TYPE_CHECKING:
     from fleetune.verify import Finding
 
 
-def _with_baselines(folders: list[Path]) -> list[runs.Run]:
-    found: dict[Path, runs.Run] = {}
-    for given in folders:
-        run = runs.Run(given.resolve())
-        for file in ("run.json", "recipe.yaml"):
-            if not (run.path / file).exists():
-                raise RecipeError(f"{given}: is no run folder (it has no {file})")
-        found[run.path] = run
-        baseline = runs.Run(run.path.parent / run.info().get("baseline", run.path.name))
-        if baseline.recipe_file.exists():
-            found.setdefault(baseline.path, baseline)
-    return list(found.values())
-
-
-def row(run: runs.Run) -> dict[str, str]:
-    """One run's figures, as text, by column."""
-    recipe = run.recipe()
-    cells = {"run": run.path.name, "weights": "from scratch" if recipe.model.from_scratch else "pretrained"}
-    if not run.eval.exists():
-        last = runs.read_jsonl(run.attempts)[-1:] or [{}]
-        return {**cells, "state": last[0].get("reason", "unfinished").partition("\n")[0]}
-    report: dict[str, Any] = runs.read_json(run.eval)
-    for split in ("validation", "test"):
-        cells |= {
-            f"{split} {name}": "undefined" if value is None else f"{value:.4f}" for name, value in report[split].items()
-        }
-    return {
-        **cells,
-        "parameters": f"{report['parameters'] / 1e6:.1f}M",
-        "steps": str(report["step"]),
-        "seconds": f"{report['train_seconds']:.0f}",
-        "samples/s": f"{report['samples_per_second']:.0f}",
-    }
-
-
-def comparison(folders: list[Path]) -> Table:
-    """A column for each run and a line for each figure. Raises RecipeError for a folder that is no run."""
-    columns = [row(run) for run in _with_baselines(folders)]
-    table = Table("run")
-    for cells in columns:
-        table.add_column(escape(cells["run"]), justify="right", overflow="fold")
-    for name in dict.fromkeys(name for cells in columns for name in cells if name != "run"):
-        table.add_row(name, *(escape(cells.get(name, "")) for cells in columns))
-    return table
-
-
 def findings(found: list[Finding]) -> Table:
     """What `fleetune verify` found."""
     table = Table("what was done", "found", "holds")

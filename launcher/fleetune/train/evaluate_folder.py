@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from fleetune.train.data import Split
 
 
-def _recipe_and_model(folder: Path) -> tuple[Recipe, Path]:
+def recipe_and_model(folder: Path) -> tuple[Recipe, Path]:
+    """The recipe and the model of a run, or of a model folder. Raises RecipeError where one is missing."""
     model = folder / "model" if (folder / "run.json").exists() else folder
     if not (model / "config.json").exists():
         what = (
@@ -79,7 +80,7 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
     from fleetune.train.distributed import World
     from fleetune.train.evaluate import evaluate
 
-    recipe, path = _recipe_and_model(folder)
+    recipe, path = recipe_and_model(folder)
     trusts = recipe.model.trust_remote_code
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts)
     model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=trusts).eval()
