@@ -56,7 +56,22 @@ CLASSIFICATION: dict[str, Any] = {  # every section and every kind of loss, so t
     "tracking": {"wandb": {"mode": "disabled"}},
 }
 REGRESSION = CLASSIFICATION | {"task": "regression", "losses": [{"kind": "mse"}]}
-PLACES = {"CrossEntropy": "losses.0", "L1Penalty": "losses.1", "L2Penalty": "losses.2", "MeanSquaredError": "losses.0"}
+DISTILLED = CLASSIFICATION | {
+    "losses": [{"kind": kind} for kind in ("distillation", "hidden_states", "embedding", "attention")],
+    "teacher": {"model_name_or_path": MODEL, "deepspeed": {}},
+}
+OF_A_LOSS = {
+    "CrossEntropy": (0, CLASSIFICATION),
+    "L1Penalty": (1, CLASSIFICATION),
+    "L2Penalty": (2, CLASSIFICATION),
+    "MeanSquaredError": (0, REGRESSION),
+    "Distillation": (0, DISTILLED),
+    "HiddenStates": (1, DISTILLED),
+    "Embedding": (2, DISTILLED),
+    "Attention": (3, DISTILLED),
+}
+PLACES = {name: f"losses.{place}" for name, (place, _) in OF_A_LOSS.items()} | {"Teacher": "teacher"}
+BASES = {name: base for name, (_, base) in OF_A_LOSS.items()} | {"Teacher": DISTILLED, "TeacherDeepSpeed": DISTILLED}
 
 
 @dataclass(frozen=True)
@@ -124,9 +139,9 @@ def _sections(annotation: Any) -> list[type[Section]]:
 def keys(section: type[Section] = Recipe, path: str = "") -> Iterator[Key]:
     for name, info in ((info.alias or name, info) for name, info in section.model_fields.items()):
         here, annotation = f"{path}{name}", _without_none(info.annotation)
-        base = REGRESSION if section.__name__ == "MeanSquaredError" else CLASSIFICATION
+        base = BASES.get(section.__name__, CLASSIFICATION)
         yield Key(here, annotation, info, base)
-        for inner in _sections(annotation):
+        for inner in _sections(annotation) if name != "teachers" else ():  # each is as `teacher` is
             yield from keys(inner, PLACES.get(inner.__name__, here + ".0" * (get_origin(annotation) is list)) + ".")
 
 
@@ -177,7 +192,10 @@ def of_another_type() -> Iterator[Fault]:
                 float: ("fast", "should be a number"),
                 list: ("word", "should be a list"),
                 dict: ([1], "should be a map of keys"),
-                Union: ("three", "should be a whole number above 0, or auto"),
+                Union: (
+                    "three",
+                    "should be uniform" if "layer_map" in key.path else "should be a whole number above 0",
+                ),
             }[key.type]
         yield Fault("wrong type", key.path, changed(key.base, key.path, wrong), said=f"{key.path} = {wrong!r}: {right}")
 

@@ -101,6 +101,8 @@ def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         name, teacher = teachers[0]
         yield name, teacher.model_name_or_path, f"no loss learns from it; losses that do: {', '.join(OF_A_TEACHER)}"
     for name, teacher in teachers:
+        if teacher.deepspeed.zero_stage in (1, 2):
+            yield f"{name}.deepspeed.zero_stage", teacher.deepspeed.zero_stage, "0 or 3: it has no optimizer to cut"
         if teacher.deepspeed.offload_param != "none" and teacher.deepspeed.zero_stage != 3:
             yield f"{name}.deepspeed.offload_param", teacher.deepspeed.offload_param, "needs zero_stage 3"
 

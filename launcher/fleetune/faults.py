@@ -81,7 +81,7 @@ def _unknown_key(path: Path_, values: Any, root: type[Section]) -> str:
     if len(path) == 1 and root is Recipe:
         legal.append("extends")
     places: dict[str, str] = {}
-    for name, place in _all_names(root):
+    for name, place in sorted(_all_names(root), key=lambda named: named[1].count(".")):  # the nearest to the top
         places.setdefault(name, place)
     if key in places:
         if places[key] != dotted(tuple(0 if isinstance(part, int) else part for part in path)):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from fleetune.sections import Fraction, NotNegative, NotNegativeInt, Positive, Section
+from fleetune.sections import Fraction, NotNegative, Positive, Section
 
 
 def _layer_map(value: Any) -> Any:
@@ -61,10 +61,7 @@ class L2Penalty(Section):
     """Dotted names, with * for any run of characters."""
 
 
-Pair = Annotated[list[NotNegativeInt], Field(min_length=2, max_length=2)]
-LayerMap = Annotated[
-    Literal["uniform", "last"] | Annotated[list[Pair], Field(min_length=1)], BeforeValidator(_layer_map)
-]
+LayerMap = Annotated[Literal["uniform", "last"] | list[list[int]], BeforeValidator(_layer_map)]
 
 
 class Distillation(Section):
@@ -113,7 +110,7 @@ class Attention(Section):
     """KL of where the teacher's heads look, or of how its values relate, from the student's, token by token."""
     weight: float = 1.0
     """What this loss is multiplied by in the sum of all."""
-    of: Literal["maps", "values"] = "values"
+    compare: Literal["maps", "values"] = "values"
     """maps: the attention itself, head by head (needs attn_implementation: eager, equal heads, no attention dropout);
     values: the softmax of the values' products with each other (MiniLM), for any widths and heads."""
     layer_map: LayerMap = "last"

@@ -219,7 +219,7 @@ class Tracking(Section):
 
 
 class TeacherDeepSpeed(Section):
-    zero_stage: Literal[0, 3] = 0
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """3 cuts the teacher's parameters over the ranks, where one GPU has no room for them; with 0 each rank has all."""
     offload_param: Literal["none", "cpu"] = "none"
     """Where idle parameter shards live; ZeRO-3."""

@@ -30,8 +30,8 @@ LOSSES: list[dict[str, Any]] = [
     {"kind": "hidden_states", "weight": 0.3},
     {"kind": "hidden_states", "weight": 0.2, "distance": "cosine", "layer_map": "last"},
     {"kind": "embedding", "weight": 0.1},
-    {"kind": "attention", "weight": 0.4, "of": "values", "relation_heads": 2},
-    {"kind": "attention", "weight": 0.6, "of": "maps", "layer_map": [[0, 1]]},
+    {"kind": "attention", "weight": 0.4, "compare": "values", "relation_heads": 2},
+    {"kind": "attention", "weight": 0.6, "compare": "maps", "layer_map": [[0, 1]]},
 ]
 NAMES = ["cross_entropy", "distillation", "hidden_states", "hidden_states_2", "embedding", "attention", "attention_2"]
 

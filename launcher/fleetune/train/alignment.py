@@ -48,8 +48,10 @@ class Asked:
 
 def asked_by(recipe: Recipe) -> Asked:
     losses = losses_of(recipe)
-    of = {loss.of for loss in losses if isinstance(loss, Attention)}
-    return Asked(any(isinstance(loss, HiddenStates | Embedding) for loss in losses), "maps" in of, "values" in of)
+    compared = {loss.compare for loss in losses if isinstance(loss, Attention)}
+    return Asked(
+        any(isinstance(loss, HiddenStates | Embedding) for loss in losses), "maps" in compared, "values" in compared
+    )
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _pairs(loss: HiddenStates | Attention, key: str, student: Any, teacher: Any)
 
 
 def _check_heads(loss: Attention, key: str, student: Any, teacher: Any) -> None:
-    if loss.of == "values":
+    if loss.compare == "values":
         heads = loss.relation_heads or int(student.num_attention_heads)
         for config, whose in ((student, "student"), (teacher, "teacher")):
             if _value_width(config) % heads:
@@ -117,18 +119,18 @@ def _check_heads(loss: Attention, key: str, student: Any, teacher: Any) -> None:
         return
     if student.num_attention_heads != teacher.num_attention_heads:
         raise ValueError(
-            f"{key}.of = 'maps': the student has {student.num_attention_heads} heads and the teacher "
+            f"{key}.compare = 'maps': the student has {student.num_attention_heads} heads and the teacher "
             f"{teacher.num_attention_heads}; use values, which compares any numbers"
         )
     if student._attn_implementation != "eager":
         raise ValueError(
-            f"{key}.of = 'maps': needs model.attn_implementation: eager; other ways never form the maps "
+            f"{key}.compare = 'maps': needs model.attn_implementation: eager; other ways never form the maps "
             f"(this is {student._attn_implementation})"
         )
     for name in ("attention_probs_dropout_prob", "attention_dropout"):
         if getattr(student, name, 0.0):
             raise ValueError(
-                f"{key}.of = 'maps': the student's maps would be compared after dropout; "
+                f"{key}.compare = 'maps': the student's maps would be compared after dropout; "
                 f"set model.config.{name}: 0.0 (it is {getattr(student, name)})"
             )
 

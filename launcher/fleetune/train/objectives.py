@@ -82,7 +82,7 @@ def build_terms(
         elif isinstance(loss, HiddenStates | Embedding):
             term = Term(loss.kind, loss.weight, _tokens_weight, functools.partial(_features, loss, own, shares))
         elif isinstance(loss, Attention):
-            compare = _maps if loss.of == "maps" else functools.partial(_relations, loss.relation_heads)
+            compare = _maps if loss.compare == "maps" else functools.partial(_relations, loss.relation_heads)
             term = Term(loss.kind, loss.weight, _tokens_weight, functools.partial(compare, own, shares))
         else:
             continue
