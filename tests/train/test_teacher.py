@@ -1,0 +1,156 @@
+"""A teacher: whose labels and tokens are the student's, in which order its logits come, and how it is held."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import recipe_values, write_model
+
+from fleetune.batch import Batch
+from fleetune.schema import Recipe, teachers_of
+from fleetune.train.distributed import World
+from fleetune.train.model import ModelError, load_tokenizer
+from fleetune.train.teacher import LoadedTeacher, check_teacher, label_columns, load_teacher_config, load_teachers
+
+NAMES = ["negative", "positive"]
+ONE = Batch(4, 1, 1, 4)
+ALONE = World(0, 1, 0, torch.device("cpu"))
+INPUTS = {
+    "input_ids": torch.tensor([[101, 2204, 102], [101, 2919, 102]]),
+    "attention_mask": torch.ones(2, 3, dtype=torch.long),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student, and a teacher with a classifier of its own."""
+    from transformers import AutoModelForSequenceClassification
+
+    path = tmp_path_factory.mktemp("teachers")
+    write_model(path / "model")
+    write_model(path / "teacher", seed=1)
+    classifier = AutoModelForSequenceClassification.from_pretrained(path / "teacher")
+    classifier.save_pretrained(path / "teacher")
+    return path
+
+
+def recipe(folder: Path, **teacher: Any) -> Recipe:
+    given = {"model_name_or_path": str(folder / "teacher"), **teacher}
+    return Recipe.model_validate(recipe_values(folder, "tiny", losses=[{"kind": "distillation"}], teacher=given))
+
+
+def with_names(folder: Path, names: list[str]) -> Any:
+    found = recipe(folder)
+    config = load_teacher_config(found, teachers_of(found)[0][1], "teacher")
+    config.id2label = dict(enumerate(names))
+    return found, config
+
+
+def loaded(folder: Path, **teacher: Any) -> LoadedTeacher:
+    (found,) = load_teachers(recipe(folder, **teacher), NAMES, ONE, ALONE)
+    return found
+
+
+# ---------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [(NAMES, [0, 1]), (["POSITIVE", "Negative"], [1, 0]), (["LABEL_0", "LABEL_1"], [0, 1])],
+    ids=["same", "another-order-and-case", "none-of-its-own"],
+)
+def test_a_label_is_found_by_its_name(folder: Path, names: list[str], columns: list[int]) -> None:
+    found, config = with_names(folder, names)
+    assert label_columns(found, config, NAMES, "teacher") == columns
+
+
+@pytest.mark.parametrize(
+    "names", [["bad", "good"], ["negative", "neutral", "positive"], ["LABEL_0", "LABEL_1", "LABEL_2"]]
+)
+def test_other_labels_are_refused_and_both_are_named(folder: Path, names: list[str]) -> None:
+    found, config = with_names(folder, names)
+    with pytest.raises(ModelError, match=f"teacher.model_name_or_path: .*{names[0]}.*negative, positive"):
+        label_columns(found, config, NAMES, "teacher")
+
+
+def test_logits_come_in_the_order_of_the_datas_labels(folder: Path, tmp_path: Path) -> None:
+    turned = write_model(tmp_path / "teacher")
+    plain = loaded(folder)
+    plain.module.save_pretrained(turned)  # type: ignore[operator]
+    config = json.loads((turned / "config.json").read_text(encoding="utf-8"))
+    config |= {"id2label": {"0": "positive", "1": "negative"}, "label2id": {"positive": 0, "negative": 1}}
+    (turned / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    other = loaded(folder, model_name_or_path=str(turned))
+    torch.testing.assert_close(other(INPUTS).logits, plain(INPUTS).logits.flip(-1))
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def test_the_students_own_tokenizer_is_known_from_any_folder(folder: Path) -> None:
+    found, config = with_names(folder, NAMES)
+    check_teacher(found, teachers_of(found)[0][1], "teacher", config, load_tokenizer(found), NAMES)
+
+
+def changed(folder: Path, file: str, key: str, old: str, new: str) -> Path:
+    path = write_model(folder) / file
+    values = json.loads(path.read_text(encoding="utf-8"))
+    text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+    assert f"{key}{old}" in text
+    path.write_text(text.replace(f"{key}{old}", f"{key}{new}"), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("tokenizer.json", ",", '"good":', '"goood":'), r"the student's token 2204, 'good', is none there"),
+        (("tokenizer_config.json", '"do_lower_case":', "true", "false"), "not how text is cut into them"),
+    ],
+)
+def test_another_tokenizer_is_refused_with_what_differs(
+    folder: Path, tmp_path: Path, change: tuple[str, str, str, str], said: str
+) -> None:
+    found = recipe(folder, model_name_or_path=str(changed(tmp_path / "teacher", *change)))
+    key, teacher = teachers_of(found)[0]
+    config = load_teacher_config(found, teacher, key)
+    with pytest.raises(ModelError, match=f"its tokenizer is not the student's: .*{said}"):
+        check_teacher(found, teacher, key, config, load_tokenizer(found), NAMES)
+
+
+# ---------------------------------------------------------------- how it is held
+
+
+def test_it_is_frozen_without_dropout_in_its_own_dtype(folder: Path) -> None:
+    teacher = loaded(folder, dtype="bfloat16")
+    assert {p.dtype for p in teacher.module.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in teacher.module.parameters())
+    assert not any(module.training for module in teacher.module.modules())
+    assert not teacher(INPUTS).logits.requires_grad
+
+
+def test_inputs_that_it_does_not_know_are_not_given_to_it(folder: Path) -> None:
+    teacher = loaded(folder)
+    torch.testing.assert_close(teacher({**INPUTS, "unknown": torch.zeros(1)}).logits, teacher(INPUTS).logits)
+
+
+def test_shares_of_several_teachers_are_of_one(folder: Path) -> None:
+    one = {"model_name_or_path": str(folder / "teacher")}
+    values = recipe_values(folder, "tiny", losses=[{"kind": "distillation"}], teachers=[{**one, "weight": 3.0}, one])
+    assert [t.weight for t in load_teachers(Recipe.model_validate(values), NAMES, ONE, ALONE)] == [0.75, 0.25]
+
+
+def test_a_run_of_fleetune_is_its_model_and_one_without_is_refused(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"teacher\.model_name_or_path = .*: is a run that has not written its model"):
+        loaded(folder, model_name_or_path=str(run))
+    (run / "model").symlink_to(folder / "teacher")
+    torch.testing.assert_close(
+        loaded(folder, model_name_or_path=str(run))(INPUTS).logits, loaded(folder)(INPUTS).logits
+    )
