@@ -63,6 +63,9 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
         raise RecipeError(
             f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its tokenizer has no padding token"
         )
+    rows, needed = recipe.model.resize_embeddings, max(tokenizer.get_vocab().values()) + 1
+    if rows is not None and rows < needed:
+        raise RecipeError(f"model.resize_embeddings = {rows}: the tokenizer needs {needed} rows, one for each token")
     return {
         **prepared.report,
         **_check_model(recipe, config),
@@ -100,7 +103,7 @@ def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
     from transformers import AutoModelForSequenceClassification
 
     from fleetune.train.objectives import build_penalties
-    from fleetune.train.surgery import freeze
+    from fleetune.train.surgery import freeze, operate
 
     try:
         with torch.device("meta"):
@@ -110,6 +113,7 @@ def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
     except Exception as error:  # each family has its own way to refuse a config
         raise RecipeError(f"model = {recipe.model.model_name_or_path!r}: cannot be built: {error}") from None
     try:
+        model = operate(model, recipe.model, recipe.training.seed)
         freeze(model, recipe.model.freeze)
         build_penalties(recipe, [name for name, p in model.named_parameters() if p.requires_grad])
     except ValueError as error:
