@@ -282,3 +282,16 @@ def test_a_changed_model_recomputes_activations_too(tmp_path: Path) -> None:
     write_finished(tmp_path, "BertForMaskedLM")
     model: Any = built(recipe(tmp_path, insert_layers=[{"at": 0}], gradient_checkpointing=True))
     assert model.is_gradient_checkpointing
+
+
+def test_what_is_counted_before_anything_starts_is_what_is_built(folder: Path) -> None:
+    from fleetune.train.prepare import _count_parameters
+
+    keys = {"keep_layers": [1], "insert_layers": [{"at": 1, "copy_of": 0}, {"at": 2}], "resize_embeddings": 30592}
+    changed = recipe(folder, **keys, reset=["classifier.*"], freeze=["*.layer.2.*"])
+    counted = _count_parameters(changed, load_config(changed, NAMES))
+    parameters = list(built(changed).parameters())
+    assert counted == {
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+    }
