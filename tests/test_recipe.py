@@ -433,7 +433,18 @@ RECIPES = st.fixed_dictionaries(
         "task": st.just("classification"),
         "model": st.fixed_dictionaries(
             {"model_name_or_path": WORDS, "revision": st.none() | WORDS, "config": st.dictionaries(WORDS, SCALARS)},
-            optional={"label_names": st.lists(WORDS, min_size=2, unique=True), "freeze": st.lists(WORDS)},
+            optional={
+                "label_names": st.lists(WORDS, min_size=2, unique=True),
+                "freeze": st.lists(WORDS),
+                "keep_layers": st.sets(st.integers(0, 99), min_size=1).map(sorted)
+                | st.dictionaries(
+                    st.sampled_from(["every", "first", "last"]), st.integers(1, 99), min_size=1, max_size=1
+                ),
+                "insert_layers": st.lists(
+                    st.fixed_dictionaries({"at": st.integers(0, 99), "copy_of": st.none() | st.integers(0, 9)}),
+                    unique_by=lambda insertion: insertion["at"],
+                ),
+            },
         ),
         "data": st.fixed_dictionaries(
             {"train": st.fixed_dictionaries({"path": WORDS, "where": st.dictionaries(WORDS, SCALARS)})}

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
@@ -36,7 +36,7 @@ CLASSIFICATION: dict[str, Any] = {  # every section and every kind of loss, so t
     "name": "tiny",
     "task": "classification",
     "output_dir": "runs",
-    "model": {"model_name_or_path": MODEL},
+    "model": {"model_name_or_path": MODEL, "insert_layers": [{"at": 0, "copy_of": 0}]},
     "data": {
         "train": {"path": "train.jsonl"},
         "validation": {"path": "validation.jsonl"},
@@ -168,8 +168,10 @@ def misspelt() -> Iterator[Fault]:
         *parents, name = key.path.split(".")
         if name == "kind" and parents[0] == "losses":
             continue  # without its kind nothing can be said of a loss's other keys
-        at = next(i for i in range(1, len(name)) if name[i] != name[i + 1])  # two letters the other way round
-        wrong = name[:at] + name[at + 1] + name[at] + name[at + 2 :]
+        wrong = f"{name}s"
+        if len(name) > 2:
+            at = next(i for i in range(1, len(name)) if name[i] != name[i + 1])  # two letters the other way round
+            wrong = name[:at] + name[at + 1] + name[at] + name[at + 2 :]
         values = changed(key.base, key.path, found(key.base, key.path), instead=wrong)
         missing = 1 if key.info.is_required() else 0
         yield Fault(
@@ -196,6 +198,7 @@ def of_another_type() -> Iterator[Fault]:
                     "three",
                     "should be uniform" if "layer_map" in key.path else "should be a whole number above 0",
                 ),
+                UnionType: ("three", "should be layer numbers from 0, ascending, each once, or one of {every: N}"),
             }[key.type]
         yield Fault("wrong type", key.path, changed(key.base, key.path, wrong), said=f"{key.path} = {wrong!r}: {right}")
 
@@ -323,6 +326,13 @@ def combinations() -> Iterator[Fault]:
             )
             for given in ({}, {"save_steps": 100})
         ),
+        (
+            "model.drop_layers",
+            {"model.keep_layers": [0], "model.drop_layers": [1]},
+            "model.keep_layers says it already",
+        ),
+        ("model.drop_layers", {"model.drop_layers": [1, 2, 1]}, "1 stands there twice"),
+        ("model.insert_layers.1.at", {"model.insert_layers": [{"at": 2}, {"at": 2}]}, "stands there twice"),
         ("data.augmentation", {"data.text_pair_column": "other"}, "is for one text, not for a pair"),
         ("data.label_column", {"data.label_column": "text"}, "the columns should differ"),
         ("data.label_column", {"data.weight_column": "label"}, "the columns should differ"),
@@ -341,6 +351,16 @@ def save_steps() -> Iterator[Fault]:
     for wrong in ("sometimes", "atuo", "100", 2.5, True, -3, [100]):
         values = CLASSIFICATION | {"checkpoint": {"save_steps": wrong}}
         yield Fault("save steps", "checkpoint.save_steps", values, said="should be a whole number above 0, or auto")
+
+
+def keep_layers() -> Iterator[Fault]:
+    wrong: Any
+    for wrong in ([], {}, [0, -1], [2, 1], [1, 1], [0, 1.0], [True], 3, "0", {"every": 0}, {"frist": 1}):
+        values = changed(CLASSIFICATION, "model.keep_layers", wrong)
+        yield Fault("layers", "model.keep_layers", values, said="should be layer numbers from 0, ascending, each once")
+    said = "or one of {every: N}, {first: N}, {last: N}"
+    for wrong in ({"every": 2, "first": 2}, {"first": "two"}):
+        yield Fault("layers", "model.keep_layers", changed(CLASSIFICATION, "model.keep_layers", wrong), said=said)
 
 
 def paths() -> Iterator[Fault]:
@@ -444,7 +464,8 @@ def batches() -> Iterator[Fault]:
 
 
 GENERATED = [*misspelt(), *of_another_type(), *out_of_range(), *illegal(), *missing()]
-WRITTEN = [*misplaced(), *losses(), *combinations(), *save_steps(), *paths(), *overrides(), *yaml_text(), *batches()]
+WRITTEN = [*misplaced(), *losses(), *combinations(), *save_steps(), *keep_layers(), *paths()]
+WRITTEN += [*overrides(), *yaml_text(), *batches()]
 FAULTS = [*GENERATED, *WRITTEN]
 
 
@@ -575,6 +596,11 @@ SHOWN_LATER: list[tuple[str, tuple[str, ...], str]] = [
     ("losses.1.parameters", ("losses.1.parameters=['*.nothing']",), "`*.nothing` matches no trainable parameter"),
     ("model.freeze.1", ("model.freeze=['*.bias', '*.layers.0.*']",), "no parameter has such a name; there is"),
     ("model.freeze", ("model.freeze=['*']", "losses=[{kind: cross_entropy}]"), "freezes every parameter"),
+    ("model.keep_layers.1", ("model.keep_layers=[0, 6]",), "there is no such layer; the model has layers 0 to 5"),
+    ("model.insert_layers.0.at", ("model.insert_layers=[{at: 7}]",), "leaves a gap; 6 is the first place that is free"),
+    ("model.reset.0", ("model.reset=['classifer.*']",), "no parameter has such a name; there is `classifier."),
+    ("model.freeze.0", ("model.drop_layers=[4, 5]", "model.freeze=['*.layer.5.*']"), "no parameter has such a name"),
+    ("model.resize_embeddings", ("model.resize_embeddings=30464",), "the tokenizer needs 30522 rows"),
     ("model.config.dropout", ("model.config.dropout=0.5",), "BertConfig has no such value"),
     ("data.max_length", ("data.max_length=513",), "the model takes at most 512 tokens"),
     ("model.model_name_or_path", ("model.model_name_or_path=package://no_such/model",), "pip install no-such"),

@@ -80,6 +80,7 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
                     "there is no validation data: give data.validation or data.validation_fraction",
                 )
     yield from _teacher_combinations(recipe)
+    yield from _surgery_combinations(recipe)
     yield from _training_combinations(recipe)
 
 
@@ -105,6 +106,17 @@ def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             yield f"{name}.deepspeed.zero_stage", teacher.deepspeed.zero_stage, "0 or 3: it has no optimizer to cut"
         if teacher.deepspeed.offload_param != "none" and teacher.deepspeed.zero_stage != 3:
             yield f"{name}.deepspeed.offload_param", teacher.deepspeed.offload_param, "needs zero_stage 3"
+
+
+def _surgery_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    model = recipe.model
+    if model.keep_layers is not None and model.drop_layers:
+        yield "model.drop_layers", model.drop_layers, "model.keep_layers says it already; leave one of the two out"
+    places = [insertion.at for insertion in model.insert_layers]
+    for key, numbers in (("model.drop_layers", model.drop_layers), ("model.insert_layers.{}.at", places)):
+        for index, number in enumerate(numbers):
+            if number in numbers[:index]:
+                yield key.format(index), number if "{}" in key else numbers, f"{number} stands there twice"
 
 
 def _training_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:

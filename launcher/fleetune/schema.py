@@ -25,6 +25,30 @@ def _save_steps(value: Any) -> Any:
 SaveSteps = Annotated[Positive | Literal["auto"], BeforeValidator(_save_steps)]
 
 
+def _keep_layers(value: Any) -> Any:
+    """One message where the union below would give many."""
+    numbers = list(value.values()) if isinstance(value, dict) else value
+    right = isinstance(numbers, list) and bool(numbers) and all(type(n) is int and n >= 0 for n in numbers)
+    if isinstance(value, dict):
+        right = right and len(value) == 1 and set(value) < {"every", "first", "last"} and numbers[0] > 0
+    if not right or (isinstance(value, list) and value != sorted(set(value))):
+        message = "should be layer numbers from 0, ascending, each once, or one of {every: N}, {first: N}, {last: N}"
+        raise PydanticCustomError("keep_layers", message)
+    return value
+
+
+KeepLayers = Annotated[
+    list[NotNegativeInt] | dict[Literal["every", "first", "last"], Positive], BeforeValidator(_keep_layers)
+]
+
+
+class Insertion(Section):
+    at: NotNegativeInt
+    """The place that the new layer has in the end, from 0."""
+    copy_of: NotNegativeInt | None = None
+    """The layer whose weights it starts with, by its number before any change; fresh weights when absent."""
+
+
 class Model(Section):
     model_name_or_path: str
     """A hub name, a folder, or package://NAME/FOLDER for a model inside an installed Python package."""
@@ -36,6 +60,16 @@ class Model(Section):
     """The classes' names, in the order of their numbers; they stand in the saved config."""
     from_scratch: bool = False
     """Keeps the architecture and the tokenizer and draws fresh weights: the baseline."""
+    keep_layers: KeepLayers | None = None
+    """The only layers that stay, by number from 0, or {every: 2} (0, 2, 4, ...), {first: 3}, {last: 3}."""
+    drop_layers: list[NotNegativeInt] = []
+    """The layers that go, by number from 0, in place of keep_layers."""
+    insert_layers: list[Insertion] = []
+    """Layers that come in, after keep_layers or drop_layers."""
+    resize_embeddings: Positive | None = None
+    """Rows of the token embeddings, at least the tokenizer's tokens, e.g. a multiple of 64; new ones are fresh."""
+    reset: list[str] = []
+    """Parameters drawn anew: dotted names as in freeze (`classifier.*`), with the layers' new numbers."""
     freeze: list[str] = []
     """Parameters that do not train: dotted names, * for any run of characters (`*.embeddings.*`, `*.layer.0.*`)."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (

@@ -203,3 +203,95 @@ def test_a_model_without_a_padding_token_is_refused(tmp_path: Path) -> None:
         built(recipe(tmp_path, from_scratch=True))
     model: Any = built(recipe(tmp_path, from_scratch=True, config={"pad_token_id": 0}))
     assert model(torch.tensor([[3, 4, 0]])).logits.shape == (1, 3)
+
+
+# ---------------------------------------------------------------- what was finished before, and what is changed in it
+
+
+def write_finished(folder: Path, kind: str, seed: int = 5, **config: Any) -> Path:
+    """A checkpoint of another use: a head of its own over the encoder that `write_model` writes."""
+    import transformers
+
+    values: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(seed)
+    made = transformers.BertConfig(**values, num_hidden_layers=3, max_position_embeddings=64, **config)
+    model = getattr(transformers, kind)(made)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [
+        ("BertModel", 2),
+        ("BertForMaskedLM", 2),
+        ("BertForSequenceClassification", 5),
+        ("BertForSequenceClassification", 1),
+        ("BertForTokenClassification", 7),
+        ("BertForTokenClassification", 3),
+        ("BertForMultipleChoice", 2),
+        ("BertForQuestionAnswering", 2),
+    ],
+)
+def test_whatever_the_checkpoint_was_for_the_head_is_a_fresh_one_and_the_rest_is_kept(
+    kind: str, labels: int, tmp_path: Path
+) -> None:
+    import transformers
+
+    write_finished(tmp_path, kind, num_labels=labels)
+    saved = transformers.BertModel.from_pretrained(tmp_path, add_pooling_layer="Model" in kind)
+    one, again, other = (built(recipe(tmp_path, seed=seed)) for seed in (0, 0, 1))
+    assert equal(one, again) == set(state(one))
+    for name, value in state(saved).items():
+        assert torch.equal(state(one)[f"bert.{name}"], value)
+    assert state(one)["classifier.weight"].shape == (3, 32)
+    assert abs(state(one)["classifier.weight"].mean()) < 0.01
+    assert "classifier.weight" not in equal(one, other)
+    config: Any = one.config
+    assert config.id2label == {0: "bad", 1: "good", 2: "mixed"}
+
+
+def test_a_finished_classifier_goes_on_with_its_head_unless_it_is_reset(tmp_path: Path) -> None:
+    import transformers
+
+    write_finished(tmp_path, "BertForSequenceClassification", num_labels=3)
+    saved = state(transformers.BertForSequenceClassification.from_pretrained(tmp_path))
+    assert torch.equal(state(built(recipe(tmp_path)))["classifier.weight"], saved["classifier.weight"])
+    fresh = state(built(recipe(tmp_path, reset=["classifier.*"])))
+    assert {name for name in saved if not torch.equal(fresh[name], saved[name])} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+
+
+@pytest.mark.parametrize("from_scratch", [False, True])
+def test_surgery_comes_before_freezing(from_scratch: bool, tmp_path: Path) -> None:
+    write_finished(tmp_path, "BertForMaskedLM")
+    model: Any = built(recipe(tmp_path, from_scratch=from_scratch, keep_layers=[0, 2], freeze=["*.layer.1.*"]))
+    assert model.config.num_hidden_layers == len(model.bert.encoder.layer) == 2
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name in state(model) if ".layer.1." in name}
+    with pytest.raises(ValueError, match=r"model\.freeze\.0 = '\*\.layer\.2\.\*': no parameter has such a name"):
+        built(recipe(tmp_path, keep_layers=[0, 2], freeze=["*.layer.2.*"]))
+
+
+def test_a_changed_model_recomputes_activations_too(tmp_path: Path) -> None:
+    write_finished(tmp_path, "BertForMaskedLM")
+    model: Any = built(recipe(tmp_path, insert_layers=[{"at": 0}], gradient_checkpointing=True))
+    assert model.is_gradient_checkpointing
+
+
+def test_what_is_counted_before_anything_starts_is_what_is_built(folder: Path) -> None:
+    from fleetune.train.prepare import _count_parameters
+
+    keys = {"keep_layers": [1], "insert_layers": [{"at": 1, "copy_of": 0}, {"at": 2}], "resize_embeddings": 30592}
+    changed = recipe(folder, **keys, reset=["classifier.*"], freeze=["*.layer.2.*"])
+    counted = _count_parameters(changed, load_config(changed, NAMES))
+    parameters = list(built(changed).parameters())
+    assert counted == {
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+    }

@@ -16,7 +16,7 @@ from torch import nn
 
 from fleetune.losses import Attention, Embedding, HiddenStates
 from fleetune.schema import Recipe, losses_of
-from fleetune.train.surgery import value_projections
+from fleetune.train.surgery import FAMILIES, value_projections
 
 PROJECTIONS = "projections"  # of the student's module, by Match.name
 EMBEDDING = -1  # as a layer's number
@@ -110,6 +110,12 @@ def _pairs(loss: HiddenStates | Attention, key: str, student: Any, teacher: Any)
 
 def _check_heads(loss: Attention, key: str, student: Any, teacher: Any) -> None:
     if loss.compare == "values":
+        for config, whose in ((student, "student"), (teacher, "teacher")):
+            if config.model_type not in FAMILIES:
+                raise ValueError(
+                    f"{key}.compare = 'values': where a {config.model_type} model (the {whose}) has its values is not "
+                    f"known; known are {', '.join(FAMILIES)}"
+                )
         heads = loss.relation_heads or int(student.num_attention_heads)
         for config, whose in ((student, "student"), (teacher, "teacher")):
             if _value_width(config) % heads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from fleetune.schema import Model, Recipe, Teacher
 from fleetune.train import zero
-from fleetune.train.surgery import freeze
+from fleetune.train.surgery import freeze, operate
 
 OWN_KEYS = ("num_labels", "id2label", "label2id", "problem_type")  # of a config, set here
 COUNT_POSITIONS_FROM_PADDING = (
@@ -109,17 +110,33 @@ def load(kind: Any, model: Model | Teacher, key: str = "model", **keywords: Any)
         ) from error
 
 
+def _labels_of_other_head(recipe: Recipe, config: Any) -> int | None:
+    """How many outputs the checkpoint's head has, where it is one that the weights' names take for ours and that
+    answers another question; it is loaded as it is and then replaced, which works on ZeRO-3 too."""
+    from transformers import AutoConfig
+
+    saved = load(AutoConfig, recipe.model)
+    kind = (saved.architectures or [""])[0]
+    if kind.endswith("ForMultipleChoice"):
+        return 1
+    if kind.endswith("ForTokenClassification"):
+        return int(saved.num_labels)
+    differs = kind.endswith("ForSequenceClassification") and saved.num_labels != config.num_labels
+    return int(saved.num_labels) if differs else None
+
+
 def build_model(
     recipe: Recipe, label_names: list[str], dtype: torch.dtype, deepspeed_config: dict[str, Any]
 ) -> nn.Module:
-    """The sequence classifier, pretrained or from scratch, frozen parts frozen; on ZeRO-3 partitioned from the start.
+    """The sequence classifier, pretrained or from scratch, changed and frozen as the recipe says.
 
-    A new head (and a whole model from scratch) is drawn from training.seed.
+    On ZeRO-3 it is partitioned from the start. A new head (and a whole model from scratch) is drawn from training.seed.
     """
-    from transformers import AutoModelForSequenceClassification, logging
+    from transformers import AutoModelForSequenceClassification, PreTrainedModel, logging
 
     logging.set_verbosity_error()  # which weights are new is said by the recipe
     config = load_config(recipe, label_names)
+    other_head = None if recipe.model.from_scratch else _labels_of_other_head(recipe, config)
     torch.manual_seed(recipe.training.seed)
     with zero.partitioned(deepspeed_config):
         if recipe.model.from_scratch:
@@ -127,13 +144,17 @@ def build_model(
                 config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
             )
         else:
-            model = load(AutoModelForSequenceClassification, recipe.model, config=config, dtype=dtype)
+            as_saved = copy.deepcopy(config)
+            as_saved.num_labels = other_head or config.num_labels
+            model = load(AutoModelForSequenceClassification, recipe.model, config=as_saved, dtype=dtype)
     if model.config.pad_token_id is None:
         raise ModelError(
             f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its config has no pad_token_id; "
             "set model.config.pad_token_id"
         )
+    model = operate(model, recipe.model, recipe.training.seed, config if other_head else None)
     if recipe.model.gradient_checkpointing:
+        assert isinstance(model, PreTrainedModel)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     freeze(model, recipe.model.freeze)
     assert isinstance(model, nn.Module)

@@ -65,6 +65,9 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
         raise RecipeError(
             f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its tokenizer has no padding token"
         )
+    rows, needed = recipe.model.resize_embeddings, max(tokenizer.get_vocab().values()) + 1
+    if rows is not None and rows < needed:
+        raise RecipeError(f"model.resize_embeddings = {rows}: the tokenizer needs {needed} rows, one for each token")
     counted = _check_model(recipe, config)
     _check_teachers(recipe, config, counted["num_hidden_layers"], tokenizer, prepared.label_names)
     return {
@@ -77,7 +80,7 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _check_teachers(recipe: Recipe, config: Any, layers: int, tokenizer: Any, label_names: list[str]) -> None:
+def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: Any, label_names: list[str]) -> None:
     """`layers`: how many of them the student has in the end."""
     from fleetune.train.alignment import matches_of
     from fleetune.train.teacher import check_teacher, load_teacher_config
@@ -123,22 +126,23 @@ def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
     from transformers import AutoModelForSequenceClassification
 
     from fleetune.train.objectives import build_penalties
-    from fleetune.train.surgery import freeze
+    from fleetune.train.surgery import freeze, operate
 
     try:
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(
+            plain = AutoModelForSequenceClassification.from_config(
                 config, trust_remote_code=recipe.model.trust_remote_code
             )
     except Exception as error:  # each family has its own way to refuse a config
         raise RecipeError(f"model = {recipe.model.model_name_or_path!r}: cannot be built: {error}") from None
     try:
+        model: Any = operate(plain, recipe.model, recipe.training.seed)
         freeze(model, recipe.model.freeze)
         build_penalties(recipe, [name for name, p in model.named_parameters() if p.requires_grad])
     except ValueError as error:
         raise RecipeError(str(error)) from None
     return {
-        "num_hidden_layers": model.config.num_hidden_layers,
+        "num_hidden_layers": getattr(model.config, "num_hidden_layers", None),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }

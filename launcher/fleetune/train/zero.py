@@ -80,8 +80,22 @@ def numel(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def shape(parameter: nn.Parameter) -> torch.Size:
+def shape(parameter: torch.Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of all of it, on every rank; a collective on ZeRO-3."""
+    if not hasattr(tensor, "ds_id"):
+        return tensor.detach().clone()
+    with import_deepspeed().zero.GatheredParameters([tensor]):
+        return tensor.detach().cpu().clone()
+
+
+def partition_like(other: Any, parameters: list[nn.Parameter]) -> None:
+    """Cuts whole parameters over the ranks as another one is, from the main rank's values; a collective on ZeRO-3."""
+    if is_partitioned(other):
+        other.convert_to_zero_parameters(param_list=parameters)
 
 
 def gathered_state_dict(model: nn.Module, is_main: bool) -> dict[str, torch.Tensor]:
