@@ -557,7 +557,8 @@ def test_the_schema_and_the_loader_take_every_shipped_recipe(file: Path) -> None
         load_recipe(file)
     except RecipeError as error:
         faults = str(error).splitlines()
-    assert all(fault.endswith(": there is no such file") for fault in faults)  # its data may be elsewhere
+    # Its data may be elsewhere, and a teacher is trained first.
+    assert all(fault.endswith((": there is no such file", ": there is no such folder")) for fault in faults)
 
 
 @pytest.mark.parametrize(

@@ -353,9 +353,11 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["losses"]["minItems"] = 1
     definitions = schema["$defs"]
     # A loss or an augmentation stands in a list, which is replaced as a whole: its keys stay required.
-    required = {name: definitions[name].pop("required") for name in ("Model", "Data", "Source")}
+    required = {name: definitions[name].pop("required") for name in ("Model", "Data", "Source", "Teacher")}
+    schema["properties"]["teachers"]["items"]["required"] = required["Teacher"]
     whole = {"required": schema.pop("required"), "properties": {}}
     whole["properties"]["model"] = {"required": required["Model"]}
+    whole["properties"]["teacher"] = {"required": required["Teacher"]}
     whole["properties"]["data"] = {"required": required["Data"], "properties": {}}
     for split in ("train", "validation", "test"):
         whole["properties"]["data"]["properties"][split] = {"required": required["Source"]}
