@@ -21,7 +21,7 @@ from fleetune.schema import Recipe
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("run", "submit", "status", "watch", "why", "cancel", "logs"),
-    *("check", "doctor", "eval", "compare", "verify", "sync", "schema"),
+    *("check", "doctor", "teach", "eval", "compare", "verify", "sync", "schema"),
 )
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "wandb", "submitit", "numpy", "yaml", "psutil"}
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "launcher"), str(ROOT / "kernels")])}

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_readme_shows_every_command() -> None:
-    assert {arguments[0] for arguments in FLEETUNE} == {"run", "check", "verify", "eval", "compare", "sync", "schema"}
+    assert {arguments[0] for arguments in FLEETUNE} == {"run", "check", "verify", "eval", "compare", "teach", "sync", "schema"}
 
 
 def test_the_recipe_that_it_shows_trains_what_the_shipped_one_does(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_the_recipe_that_it_shows_trains_what_the_shipped_one_does(tmp_path: Pat
 @pytest.mark.parametrize("arguments", [a for a in FLEETUNE if not needs_hub(a)], ids=" ".join)
 def test_runs(folder: Path, arguments: list[str]) -> None:
     wrong = any("learning_rte" in argument for argument in arguments)
-    shorter = SHORT if arguments[0] in ("run", "check") else []
+    shorter = SHORT if arguments[0] in ("run", "check", "teach") else []
     if arguments[0] == "verify":
         shorter = ["data.train.limit=200", "--steps", "3", "--kills", "1"]
     command = [sys.executable, "-m", "fleetune.cli", *arguments, *shorter]

@@ -196,6 +196,36 @@ def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc
 app.command()(cluster_commands.doctor)
 
 
+@app.command()
+def teach(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where it is stored; output_dir/NAME-taught when absent.", show_default=False)
+    ] = None,
+) -> None:
+    """Run a recipe's teacher once over the training rows and store its logits, for `teacher.cache`."""
+    import json
+    import subprocess
+    import tempfile
+
+    from fleetune.cluster import local
+    from fleetune.recipe import dump_recipe
+
+    loaded = load(recipe, overrides)
+    folder = out or Path(loaded.output_dir) / f"{loaded.name}-taught"
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(dump_recipe(loaded))
+        file.flush()
+        command = [sys.executable, "-m", "fleetune.train.teacher_cache", file.name, str(folder)]
+        done = subprocess.run(command, env=local.rank_environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        fail(local.error_of(done.stderr), done.returncode)
+    report = json.loads(done.stdout)
+    typer.echo(f"{folder}: {len(report['labels'])} logits of each of {report['rows']} rows")
+    typer.echo(f"train with it: teacher.model_name_or_path=null teacher.cache={folder}")
+
+
 @app.command("eval")
 def evaluate(
     run_or_model: Annotated[

@@ -100,8 +100,24 @@ def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             yield f"losses.{index}.kind", loss.kind, "is for classes; a regression's teacher serves hidden_states"
     if teachers and not wanting:
         name, teacher = teachers[0]
-        yield name, teacher.model_name_or_path, f"no loss learns from it; losses that do: {', '.join(OF_A_TEACHER)}"
+        legal = ", ".join(OF_A_TEACHER)
+        yield name, teacher.model_name_or_path or teacher.cache, f"no loss learns from it; losses that do: {legal}"
     for name, teacher in teachers:
+        if teacher.model_name_or_path is None and teacher.cache is None:
+            yield name, {}, "needs model_name_or_path, or cache"
+        elif teacher.cache is not None:
+            if teacher.model_name_or_path is not None:
+                yield f"{name}.cache", teacher.cache, f"stands in the place of {name}.model_name_or_path: leave one out"
+            for index, loss in wanting:
+                if loss.kind != "distillation":
+                    yield (
+                        f"losses.{index}.kind",
+                        loss.kind,
+                        f"needs the teacher itself; {name}.cache has its logits",
+                    )
+            if recipe.data.augmentation:
+                kinds = [augmentation.kind for augmentation in recipe.data.augmentation]
+                yield "data.augmentation", kinds, f"changes the rows that {name}.cache is of; leave one of the two out"
         if teacher.deepspeed.zero_stage in (1, 2):
             yield f"{name}.deepspeed.zero_stage", teacher.deepspeed.zero_stage, "0 or 3: it has no optimizer to cut"
         if teacher.deepspeed.offload_param != "none" and teacher.deepspeed.zero_stage != 3:
@@ -168,9 +184,10 @@ def missing_files(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     if model.is_absolute() and not model.exists():
         yield "model.model_name_or_path", str(model), "there is no such folder"
     for name, teacher in teachers_of(recipe):
-        folder = Path(teacher.model_name_or_path)
-        if folder.is_absolute() and not folder.exists():
-            yield f"{name}.model_name_or_path", str(folder), "there is no such folder"
+        for key in ("model_name_or_path", "cache"):
+            folder = Path(getattr(teacher, key) or "")
+            if folder.is_absolute() and not folder.exists():
+                yield f"{name}.{key}", str(folder), "there is no such folder"
     for name, source in _sources(recipe):
         path = Path(source.path)
         if path.is_absolute() and not path.exists():

@@ -44,6 +44,7 @@ _PATH_KEYS: tuple[Path_, ...] = (
     ("output_dir",),
     ("model", "model_name_or_path"),
     ("teacher", "model_name_or_path"),
+    ("teacher", "cache"),
     *(("data", split, "path") for split in ("train", "validation", "test")),
 )
 
@@ -93,7 +94,7 @@ def _localise(values: dict[str, Any], origin: str, folder: Path) -> None:
     """Expands variables and makes paths absolute, in the values that one file or override set."""
     teachers = values.get("teachers")
     listed = range(len(teachers)) if isinstance(teachers, list) else ()
-    for key in (*_PATH_KEYS, *(("teachers", i, "model_name_or_path") for i in listed)):
+    for key in (*_PATH_KEYS, *(("teachers", i, key) for i in listed for key in ("model_name_or_path", "cache"))):
         parent, last = _lookup(values, key)
         if isinstance(parent, dict) and isinstance(parent.get(last), str):
             where = f"{origin}: {dotted(key)}"
@@ -101,7 +102,7 @@ def _localise(values: dict[str, Any], origin: str, folder: Path) -> None:
             if not expanded:
                 raise RecipeError(f"{where} = {shown(parent[last])}: is empty; leave it out, or give a path")
             try:
-                parent[last] = local_or_hub(expanded, folder, is_local=key == ("output_dir",))
+                parent[last] = local_or_hub(expanded, folder, is_local=key[-1] in ("output_dir", "cache"))
             except RuntimeError:  # of expanduser
                 raise RecipeError(f"{where} = {shown(parent[last])}: there is no such user") from None
 

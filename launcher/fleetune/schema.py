@@ -260,8 +260,10 @@ class TeacherDeepSpeed(Section):
 
 
 class Teacher(Section):
-    model_name_or_path: str
+    model_name_or_path: str | None = None
     """A model of the same task: a hub name, a folder, a finished run of Fleetune, or package://NAME/FOLDER."""
+    cache: str | None = None
+    """In its place: the folder in which `fleetune teach` has stored what it says of every training row."""
     revision: str | None = None
     """The hub revision of the model and its tokenizer."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
@@ -353,11 +355,9 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["losses"]["minItems"] = 1
     definitions = schema["$defs"]
     # A loss or an augmentation stands in a list, which is replaced as a whole: its keys stay required.
-    required = {name: definitions[name].pop("required") for name in ("Model", "Data", "Source", "Teacher")}
-    schema["properties"]["teachers"]["items"]["required"] = required["Teacher"]
+    required = {name: definitions[name].pop("required") for name in ("Model", "Data", "Source")}
     whole = {"required": schema.pop("required"), "properties": {}}
     whole["properties"]["model"] = {"required": required["Model"]}
-    whole["properties"]["teacher"] = {"required": required["Teacher"]}
     whole["properties"]["data"] = {"required": required["Data"], "properties": {}}
     for split in ("train", "validation", "test"):
         whole["properties"]["data"]["properties"][split] = {"required": required["Source"]}

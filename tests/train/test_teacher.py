@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import recipe_values, write_model
 
 from fleetune.batch import Batch
 from fleetune.schema import Recipe, teachers_of
+from fleetune.train.batches import MicroBatch
 from fleetune.train.distributed import World
 from fleetune.train.model import ModelError, load_tokenizer
 from fleetune.train.teacher import LoadedTeacher, check_teacher, label_columns, load_teacher_config, load_teachers
@@ -19,10 +22,10 @@ from fleetune.train.teacher import LoadedTeacher, check_teacher, label_columns, 
 NAMES = ["negative", "positive"]
 ONE = Batch(4, 1, 1, 4)
 ALONE = World(0, 1, 0, torch.device("cpu"))
-INPUTS = {
-    "input_ids": torch.tensor([[101, 2204, 102], [101, 2919, 102]]),
-    "attention_mask": torch.ones(2, 3, dtype=torch.long),
-}
+IDS = torch.tensor([[101, 2204, 102], [101, 2919, 102]])
+ROWS = MicroBatch(
+    {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, torch.zeros(2), torch.ones(2), np.arange(2), 6, 2
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,7 @@ def test_logits_come_in_the_order_of_the_datas_labels(folder: Path, tmp_path: Pa
     config |= {"id2label": {"0": "positive", "1": "negative"}, "label2id": {"positive": 0, "negative": 1}}
     (turned / "config.json").write_text(json.dumps(config), encoding="utf-8")
     other = loaded(folder, model_name_or_path=str(turned))
-    torch.testing.assert_close(other(INPUTS).logits, plain(INPUTS).logits.flip(-1))
+    torch.testing.assert_close(other(ROWS).logits, plain(ROWS).logits.flip(-1))
 
 
 # ---------------------------------------------------------------- tokens
@@ -130,12 +133,13 @@ def test_it_is_frozen_without_dropout_in_its_own_dtype(folder: Path) -> None:
     assert {p.dtype for p in teacher.module.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in teacher.module.parameters())
     assert not any(module.training for module in teacher.module.modules())
-    assert not teacher(INPUTS).logits.requires_grad
+    assert not teacher(ROWS).logits.requires_grad
 
 
 def test_inputs_that_it_does_not_know_are_not_given_to_it(folder: Path) -> None:
     teacher = loaded(folder)
-    torch.testing.assert_close(teacher({**INPUTS, "unknown": torch.zeros(1)}).logits, teacher(INPUTS).logits)
+    more = dataclasses.replace(ROWS, inputs={**ROWS.inputs, "unknown": torch.zeros(1)})
+    torch.testing.assert_close(teacher(more).logits, teacher(ROWS).logits)
 
 
 def test_shares_of_several_teachers_are_of_one(folder: Path) -> None:
@@ -151,6 +155,4 @@ def test_a_run_of_fleetune_is_its_model_and_one_without_is_refused(folder: Path,
     with pytest.raises(ModelError, match=r"teacher\.model_name_or_path = .*: is a run that has not written its model"):
         loaded(folder, model_name_or_path=str(run))
     (run / "model").symlink_to(folder / "teacher")
-    torch.testing.assert_close(
-        loaded(folder, model_name_or_path=str(run))(INPUTS).logits, loaded(folder)(INPUTS).logits
-    )
+    torch.testing.assert_close(loaded(folder, model_name_or_path=str(run))(ROWS).logits, loaded(folder)(ROWS).logits)

@@ -56,7 +56,7 @@ def cache_key(recipe: Recipe, tokenizer: Any) -> str:
         recipe.model.label_names,
         recipe.training.seed if recipe.data.validation_fraction else None,
         sorted(tokenizer.model_input_names),
-        _tokenizer_hash(tokenizer),
+        tokenizer_hash(tokenizer),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -70,7 +70,7 @@ def tokenizer_content(tokenizer: Any) -> Any:
     return [type(tokenizer).__name__, tokenizer.init_kwargs, tokenizer.get_vocab()]
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Any) -> str:
     text = json.dumps([tokenizer_content(tokenizer), tokenizer.truncation_side], default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -196,7 +196,7 @@ def forward_backward(
     for micro in window:
         if setup.teachers:
             with meter.part("teacher"):
-                taught = [teacher(micro.inputs) for teacher in setup.teachers]
+                taught = [teacher(micro) for teacher in setup.teachers]
         else:
             taught = []
         with meter.part("forward"):

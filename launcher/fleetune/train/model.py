@@ -95,6 +95,7 @@ def load_config(recipe: Recipe, label_names: list[str]) -> Any:
 
 def load(kind: Any, model: Model | Teacher, key: str = "model", **keywords: Any) -> Any:
     """A tokenizer, config or model by one of Transformers' Auto classes. Raises ModelError, which names the key."""
+    assert model.model_name_or_path is not None
     try:
         return kind.from_pretrained(
             model_location(model.model_name_or_path, key),

@@ -53,7 +53,7 @@ def card(recipe: Recipe, data: Prepared, report: dict[str, Any]) -> str:
         f"trained by Fleetune for {report['step']} steps; the weights are those of step {report['best_step']}.",
         "",
     ]
-    if teachers := [f"`{teacher.model_name_or_path}`" for _, teacher in teachers_of(recipe)]:
+    if teachers := [f"`{teacher.model_name_or_path or teacher.cache}`" for _, teacher in teachers_of(recipe)]:
         lines += ["Distilled from " + " and ".join(teachers) + ".", ""]
     if data.label_names:
         lines += ["Labels: " + ", ".join(f"{i} = {name}" for i, name in enumerate(data.label_names)), ""]

@@ -10,12 +10,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fleetune import runs
 from fleetune.losses import CrossEntropy
 from fleetune.recipe import parse_recipe
 from fleetune.schema import Recipe, RecipeError, teachers_of
+
+if TYPE_CHECKING:
+    from fleetune.train.data import Prepared
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -69,7 +72,7 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     if rows is not None and rows < needed:
         raise RecipeError(f"model.resize_embeddings = {rows}: the tokenizer needs {needed} rows, one for each token")
     counted = _check_model(recipe, config)
-    _check_teachers(recipe, config, counted["num_hidden_layers"], tokenizer, prepared.label_names)
+    _check_teachers(recipe, config, counted["num_hidden_layers"], tokenizer, prepared)
     return {
         **prepared.report,
         **counted,
@@ -80,15 +83,19 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: Any, label_names: list[str]) -> None:
+def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: Any, data: Prepared) -> None:
     """`layers`: how many of them the student has in the end."""
     from fleetune.train.alignment import matches_of
     from fleetune.train.teacher import check_teacher, load_teacher_config
+    from fleetune.train.teacher_cache import check_cache
 
     configs = []
     for key, teacher in teachers_of(recipe):
+        if teacher.cache is not None:
+            check_cache(teacher, key, data.splits["train"], tokenizer, data.label_names)
+            continue
         configs.append(load_teacher_config(recipe, teacher, key))
-        check_teacher(recipe, teacher, key, configs[-1], tokenizer, label_names)
+        check_teacher(recipe, teacher, key, configs[-1], tokenizer, data.label_names)
     if not configs:
         return
     student = copy.deepcopy(config)

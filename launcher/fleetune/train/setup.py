@@ -22,6 +22,7 @@ from fleetune.train.model import build_model, load_tokenizer
 from fleetune.train.objectives import Term, build_penalties, build_terms
 from fleetune.train.sources import Ints
 from fleetune.train.teacher import LoadedTeacher, load_teachers
+from fleetune.train.teacher_cache import CachedTeacher
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Setup:
     data: Prepared
     total_steps: int
     terms: list[Term]
-    teachers: list[LoadedTeacher]
+    teachers: list[LoadedTeacher | CachedTeacher]
     asked: Asked  # of the student and its teachers, beside their logits
     engine: Any
     parameters: int
@@ -72,7 +73,8 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
     sizes = {name: zero.numel(p) for name, p in model.named_parameters()}
     trainable = {name: sizes[name] for name, p in model.named_parameters() if p.requires_grad}
     teachers = load_teachers(recipe, data.label_names, batch, world, dtype)
-    matches = matches_of(recipe, model.config, [teacher.config for teacher in teachers])
+    configs = [teacher.config for teacher in teachers if isinstance(teacher, LoadedTeacher)]
+    matches = matches_of(recipe, model.config, configs)
     add_projections(model, matches, recipe)
     if dtype is not None:
         model.to(dtype)

@@ -113,7 +113,7 @@ def _matches(cell: Any, value: bool | int | float | str) -> bool:
 
 def _read_parquet(source: Source, wanted: list[str]) -> Table:
     import datasets
-    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+    import pyarrow.parquet as parquet
 
     file = parquet.ParquetFile(source.path)
     schema = file.schema_arrow

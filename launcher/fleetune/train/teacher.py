@@ -13,9 +13,11 @@ from fleetune.batch import Batch
 from fleetune.schema import Recipe, Teacher, teachers_of
 from fleetune.train import zero
 from fleetune.train.alignment import Asked, Outputs, asked_by, run
+from fleetune.train.batches import MicroBatch
 from fleetune.train.cache import tokenizer_content
 from fleetune.train.distributed import World
 from fleetune.train.model import ModelError, load
+from fleetune.train.teacher_cache import CachedTeacher, open_cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,8 +33,8 @@ class LoadedTeacher:
     asked: Asked
 
     @torch.no_grad()
-    def __call__(self, inputs: dict[str, torch.Tensor]) -> Outputs:
-        known = {name: tensor for name, tensor in inputs.items() if name in self.inputs}
+    def __call__(self, batch: MicroBatch) -> Outputs:
+        known = {name: tensor for name, tensor in batch.inputs.items() if name in self.inputs}
         outputs = run(self.engine, self.module, known, self.asked)
         if self.columns is None:
             return outputs
@@ -41,27 +43,43 @@ class LoadedTeacher:
 
 def load_teachers(
     recipe: Recipe, label_names: list[str], batch: Batch, world: World, dtype: torch.dtype | None = None
-) -> list[LoadedTeacher]:
+) -> list[LoadedTeacher | CachedTeacher]:
     """All that the recipe names, each in its own dtype, or in this one. Raises ModelError."""
-    asked, named = asked_by(recipe), teachers_of(recipe)
+    named = teachers_of(recipe)
     total = sum(teacher.weight for _, teacher in named)
-    found = []
+    found: list[LoadedTeacher | CachedTeacher] = []
     for key, teacher in named:
-        config = load_teacher_config(recipe, teacher, key)
-        columns = label_columns(recipe, config, label_names, key)
-        model, engine = _load(teacher, key, config, dtype or _dtype(recipe, teacher), batch, world)
-        found.append(
-            LoadedTeacher(
-                config,
-                teacher.weight / total,
-                model,
-                engine,
-                frozenset(inspect.signature(model.forward).parameters),
-                None if columns == list(range(len(columns))) else torch.tensor(columns, device=world.device),
-                asked,
-            )
-        )
+        share = teacher.weight / total
+        if teacher.cache is not None:
+            found.append(open_cache(teacher, share))
+        else:
+            config = load_teacher_config(recipe, teacher, key)
+            found.append(load_teacher(recipe, teacher, key, config, label_names, share, batch, world, dtype))
     return found
+
+
+def load_teacher(
+    recipe: Recipe,
+    teacher: Teacher,
+    key: str,
+    config: Any,
+    label_names: list[str],
+    share: float,
+    batch: Batch,
+    world: World,
+    dtype: torch.dtype | None = None,
+) -> LoadedTeacher:
+    columns = label_columns(recipe, config, label_names, key)
+    model, engine = _load(teacher, key, config, dtype or _dtype(recipe, teacher), batch, world)
+    return LoadedTeacher(
+        config,
+        share,
+        model,
+        engine,
+        frozenset(inspect.signature(model.forward).parameters),
+        None if columns == list(range(len(columns))) else torch.tensor(columns, device=world.device),
+        asked_by(recipe),
+    )
 
 
 def _load(

@@ -1,0 +1,154 @@
+"""What a teacher says, stored: the same logits, resumed where it was broken off, refused where it does not belong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import make_run, train_together
+from tiny import recipe_values, write_model, write_rows
+
+from fleetune.schema import Recipe, RecipeError, teachers_of
+from fleetune.train import teacher_cache
+from fleetune.train.batches import collate
+from fleetune.train.data import prepare
+from fleetune.train.model import load_tokenizer
+from fleetune.train.prepare import prepare_recipe
+from fleetune.train.teacher_cache import open_cache, teach
+from fleetune.verify import exact_metrics
+
+ROWS, PART = 37, 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoModelForSequenceClassification
+
+    path = tmp_path_factory.mktemp("cache")
+    write_model(path / "model")
+    for name, seed in (("teacher", 1), ("another", 2)):
+        torch.manual_seed(seed)
+        encoder = write_model(path / name, seed=seed)
+        AutoModelForSequenceClassification.from_pretrained(encoder).save_pretrained(encoder)
+    write_rows(path / "train.jsonl", ROWS)
+    write_rows(path / "validation.jsonl", 8, seed=1)
+    return path
+
+
+def recipe(folder: Path, name: str = "tiny", teacher: dict[str, Any] | None = None, **sections: Any) -> Recipe:
+    given = teacher or {"model_name_or_path": str(folder / "teacher")}
+    losses = [{"kind": "cross_entropy"}, {"kind": "distillation"}]
+    return Recipe.model_validate(recipe_values(folder, name, losses=losses, teacher=given, **sections))
+
+
+@pytest.fixture(scope="module")
+def cache(folder: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher_cache, "PART", PART)
+        teach(recipe(folder), folder / "taught")
+    return folder / "taught"
+
+
+def test_it_holds_the_teachers_logits_of_every_row(folder: Path, cache: Path) -> None:
+    from fleetune.train.teacher import load_teachers
+
+    found = recipe(folder)
+    tokenizer = load_tokenizer(found)
+    data = prepare(found, tokenizer)
+    split = data.splits["train"]
+    assert sorted(path.name for path in cache.iterdir()) == [
+        "part-00000.parquet", "part-00001.parquet", "part-00002.parquet", "teacher.json",
+    ]  # fmt: skip
+    stored = open_cache(teachers_of(recipe(folder, teacher={"cache": str(cache)}))[0][1], 1.0)
+    (live,) = load_teachers(found, data.label_names, teacher_cache.Batch(4, 1, 1, 4), teacher_cache._alone())
+    for rows in ([3, 36, 0], [16, 15]):
+        batch = collate(split, split.index[rows], tokenizer.pad_token_id)
+        torch.testing.assert_close(stored(batch).logits, live(batch).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_training_with_it_is_training_with_the_teacher(folder: Path, cache: Path) -> None:
+    live = make_run(recipe(folder, "live").model_dump(mode="json"), 1)
+    stored = make_run(recipe(folder, "stored", {"cache": str(cache)}).model_dump(mode="json"), 1)
+    train_together([live, stored], 1)
+    first, second = (exact_metrics(run.path) for run in (live, stored))
+    assert [values["train/distillation"] for values in second.values() if "train/distillation" in values] == (
+        pytest.approx([v["train/distillation"] for v in first.values() if "train/distillation" in v], rel=1e-4)
+    )
+
+
+def test_what_was_broken_off_goes_on(folder: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(teacher_cache, "PART", PART)
+    half = tmp_path / "half"
+    shutil.copytree(cache, half)
+    stored = json.loads((half / "teacher.json").read_text(encoding="utf-8"))
+    stored.pop("parts")
+    (half / "teacher.json").write_text(json.dumps(stored), encoding="utf-8")
+    (half / "part-00001.parquet").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in half.glob("*.parquet")}
+    with pytest.raises(RecipeError, match="is half written; the same `fleetune teach` goes on with it"):
+        prepare_recipe(recipe(folder, teacher={"cache": str(half)}))
+    teach(recipe(folder), half)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    for path in cache.glob("*.parquet"):
+        assert (half / path.name).read_bytes() == path.read_bytes()
+
+
+def _another_data(folder: Path) -> dict[str, Any]:
+    write_rows(folder / "other.jsonl", ROWS, seed=9)
+    return {"data": {"train": {"path": str(folder / "other.jsonl")}}}
+
+
+def _damaged(cache: Path) -> None:
+    part = cache / "part-00002.parquet"
+    part.write_bytes(part.read_bytes()[:-1] + b"\0")
+
+
+@pytest.mark.parametrize(
+    ("sections", "harm", "said"),
+    [
+        (_another_data, None, r"teacher\.cache = .*: is of other data; teach with this recipe"),
+        (lambda _: {"data": {"max_length": 8}}, None, "is of other data"),
+        (lambda _: {"model": {"label_names": ["no", "yes"]}}, None, "is of other labels: 0, 1"),
+        (lambda _: {}, _damaged, r"part-00002\.parquet is damaged or gone"),
+        (lambda _: {}, lambda cache: (cache / "teacher.json").unlink(), "there is no teacher.json"),
+    ],
+    ids=["other-data", "cut-elsewhere", "other-labels", "damaged", "no-cache"],
+)
+def test_a_cache_that_does_not_belong_is_refused(
+    folder: Path,
+    cache: Path,
+    tmp_path: Path,
+    sections: Callable[[Path], dict[str, Any]],
+    harm: Callable[[Path], None] | None,
+    said: str,
+) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(cache, mine)
+    if harm is not None:
+        harm(mine)
+    with pytest.raises(RecipeError, match=said):
+        prepare_recipe(recipe(folder, teacher={"cache": str(mine)}, **sections(folder)))
+
+
+def test_another_teacher_takes_another_folder(folder: Path, cache: Path) -> None:
+    other = recipe(folder, teacher={"model_name_or_path": str(folder / "another")})
+    with pytest.raises(RecipeError, match=r"taught: is a cache of another teacher; choose another folder with --out"):
+        teach(other, cache)
+
+
+def test_the_command(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe(folder).model_dump(mode="json", exclude={"output_dir"})), encoding="utf-8")
+    command = [sys.executable, "-m", "fleetune.cli", "teach", str(file), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"out: 2 logits of each of {ROWS} rows" in done.stdout
+    assert "teacher.cache=" in done.stdout
+    assert "parts" in json.loads((tmp_path / "out" / "teacher.json").read_text(encoding="utf-8"))
