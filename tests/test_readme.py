@@ -34,7 +34,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_readme_shows_every_command() -> None:
-    assert {arguments[0] for arguments in FLEETUNE} == {"run", "check", "verify", "eval", "compare", "teach", "sync", "schema"}
+    assert {arguments[0] for arguments in FLEETUNE} == {
+        "run",
+        "check",
+        "verify",
+        "eval",
+        "compare",
+        "teach",
+        "sync",
+        "schema",
+    }
 
 
 def test_the_recipe_that_it_shows_trains_what_the_shipped_one_does(tmp_path: Path) -> None:

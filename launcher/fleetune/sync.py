@@ -38,8 +38,14 @@ def sync(folders: Iterable[Path], watch: bool) -> int:
         _require_tracked(path, watch)
     going = _going_on(paths)
     asked = {"watch": watch, "runs": {str(path): path not in going for path in paths}}
-    command = [sys.executable, "-m", "fleetune.train.sending", json.dumps(asked)]
-    with local.stopping() as stop, tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+    with (
+        local.stopping() as stop,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
+        tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".json") as file,  # too long a list for a command
+    ):
+        json.dump(asked, file)
+        file.flush()
+        command = [sys.executable, "-m", "fleetune.train.sending", file.name]
         # In a session of its own, so that a Ctrl-C reaches this process alone.
         process = subprocess.Popen(
             command,

@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from devcluster import DevCluster
@@ -148,6 +149,24 @@ def test_caches_on_a_network_file_system_are_warned_of(tmp_path: Path, monkeypat
     assert "ranks may hang there" in found.found
     (own,) = doctor._caches(Profile(time="4h", cache_dir="/local/cache"))
     assert own.state == "ok"
+
+
+def test_a_file_system_that_does_not_answer_is_named_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one whose server is gone: whoever asks it is held, and lets go when the test is over."""
+    gone = threading.Event()
+
+    def held(path: Path) -> NoReturn:
+        gone.wait(60)
+        raise SystemExit  # ends its thread
+
+    for name in ("existing", "kind_of"):
+        monkeypatch.setattr(doctor, name, held)
+    monkeypatch.setattr(doctor, "ANSWER_SECONDS", 0.2)
+    rows = [*doctor._disks(), *doctor._caches(None)]
+    gone.set()
+    assert {row.state for row in rows} == {"problem"}
+    assert all("its file system does not answer" in row.found for row in rows)
+    assert len(rows) == 5
 
 
 def test_a_disk_without_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

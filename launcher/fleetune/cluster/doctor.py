@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from packaging.requirements import Requirement
@@ -27,6 +27,7 @@ from fleetune.cluster.file_systems import existing, is_network, kind_of
 from fleetune.cluster.preflight import hub_cache
 from fleetune.cluster.profile import Profile
 
+_Answer = TypeVar("_Answer")
 PROGRAM_SECONDS = 7.0  # for one that imports torch or wandb
 ANSWER_SECONDS = 3.0
 LEAST_GIGABYTES, FEW_GIGABYTES = 1.0, 10.0
@@ -153,7 +154,12 @@ def _disks() -> list[Row]:
     home = Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     tokens = Path(environment.get("FLEETUNE_CACHE") or home / "fleetune")
     places = {"working folder": Path.cwd(), "hub's cache": hub_cache(environment), "cache of tokens": tokens}
-    return [_disk(what, place) for what, place in places.items()]
+    return [_in_time(lambda: _disk(what, place), _silent(what, place)) for what, place in places.items()]  # noqa: B023
+
+
+def _silent(what: str, place: Path) -> Row:
+    found = f"{place}: its file system does not answer in {ANSWER_SECONDS:.0f} s"
+    return Row(what, found, "problem", "it may be a server that is gone; ask who keeps it, or choose another folder")
 
 
 def _disk(what: str, place: Path) -> Row:
@@ -181,14 +187,26 @@ def _caches(profile: Profile | None) -> list[Row]:
     rows = []
     for variable, usual in places.items():
         place = Path(environment.get(variable) or usual)
-        kind = kind_of(place)
         what = "Triton's cache" if variable.startswith("TRITON") else "torch's extensions"
-        if is_network(kind):
-            todo = f"set cache_dir in the cluster's profile; here: export {variable}=/tmp/{place.name}"
-            rows.append(Row(what, f"{place} is on {kind}: ranks may hang there", "warning", todo))
-        else:
-            rows.append(Row(what, f"{place} on {kind or 'a disk'}"))
+        rows.append(_in_time(lambda: _cache(what, variable, place), _silent(what, place)))  # noqa: B023
     return rows
+
+
+def _cache(what: str, variable: str, place: Path) -> Row:
+    kind = kind_of(place)
+    if is_network(kind):
+        todo = f"set cache_dir in the cluster's profile; here: export {variable}=/tmp/{place.name}"
+        return Row(what, f"{place} is on {kind}: ranks may hang there", "warning", todo)
+    return Row(what, f"{place} on {kind or 'a disk'}")
+
+
+def _in_time(ask: Callable[[], _Answer], otherwise: _Answer) -> _Answer:
+    """What it answers, or `otherwise`: a name server, or a file system, that is gone holds a thread for ever."""
+    answers = [otherwise]
+    thread = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    return answers[-1]
 
 
 # ---------------------------------------------------------------- the hub, wandb
@@ -209,24 +227,19 @@ def _hub() -> Row:
 
 def _unanswered(url: str) -> str | None:
     """Why there is no answer; None where there is one, whatever it says."""
-    reasons: list[str | None] = [f"no answer from {url} in {ANSWER_SECONDS:.0f} s"]
 
-    def ask() -> None:
+    def ask() -> str | None:
         request = urllib.request.Request(url, method="HEAD")  # noqa: S310 - the user's own endpoint
         try:
             urllib.request.urlopen(request, timeout=ANSWER_SECONDS).close()  # noqa: S310
         except urllib.error.HTTPError as error:  # a proxy answers for a server that it cannot, or will not, reach
-            reasons.append(f"{url} answers {error.code}" if error.code in (407, 502, 503, 504) else None)
+            return f"{url} answers {error.code}" if error.code in (407, 502, 503, 504) else None
         except Exception as error:
-            reasons.append(f"cannot reach {url}: {getattr(error, 'reason', error)}")
-        else:
-            reasons.append(None)
+            return f"cannot reach {url}: {getattr(error, 'reason', error)}"
+        return None
 
-    # A thread, because looking up a name takes no timeout.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    return reasons[-1]
+    silent: str | None = f"no answer from {url} in {ANSWER_SECONDS:.0f} s"
+    return _in_time(ask, silent)
 
 
 def _wandb() -> Row:

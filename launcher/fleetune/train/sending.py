@@ -197,8 +197,8 @@ def told_within(seconds: float) -> Iterator[str]:
 
 
 def main() -> None:
-    """`python -m fleetune.train.sending '{"watch": ..., "runs": {PATH: is it over}}'`; ends when stdin does."""
-    asked: dict[str, Any] = json.loads(sys.argv[1])
+    """`python -m fleetune.train.sending FILE` of `{"watch": ..., "runs": {PATH: is it over}}`; ends when stdin does."""
+    asked: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(prefix="fleetune-sync-") as files:
         senders = {path: _Sender(Path(path), over, Path(files)) for path, over in asked["runs"].items()}
         sending = _Sending(list(senders.values()), asked["watch"])
