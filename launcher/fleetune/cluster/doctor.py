@@ -14,7 +14,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -202,11 +202,19 @@ def _cache(what: str, variable: str, place: Path) -> Row:
 
 def _in_time(ask: Callable[[], _Answer], otherwise: _Answer) -> _Answer:
     """What it answers, or `otherwise`: a name server, or a file system, that is gone holds a thread for ever."""
-    answers = [otherwise]
-    thread = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    return answers[-1]
+    answer: Future[_Answer] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # an executor's would be waited for at the end
+    try:
+        return answer.result(ANSWER_SECONDS)
+    except TimeoutError:
+        return otherwise
 
 
 # ---------------------------------------------------------------- the hub, wandb
