@@ -38,6 +38,7 @@ def run(
 
     from fleetune import runs
     from fleetune.cluster import local
+    from fleetune.recipe import baseline_of
 
     loaded = load(recipe, overrides)
     baseline = baseline and not loaded.model.from_scratch
@@ -55,20 +56,12 @@ def run(
             outcome = _attempt(loaded, layout, report, stop, fresh=fresh, began=began)
             folders = [outcome.run.path]
             if baseline:
-                from fleetune.losses import OF_A_TEACHER
-
-                scratch = outcome.run.recipe().model_copy(
-                    update={
-                        "name": f"{outcome.run.path.name}-from-scratch",
-                        "model": loaded.model.model_copy(update={"from_scratch": True}),
-                        "losses": [loss for loss in loaded.losses if loss.kind not in OF_A_TEACHER],
-                        "teacher": None,
-                        "teachers": [],
-                    }
+                scratch = baseline_of(outcome.run.recipe()).model_copy(
+                    update={"name": f"{outcome.run.path.name}-from-scratch"}
                 )
                 typer.echo(f"\nbaseline  {scratch.name}: the same model from scratch")
                 runs.write_json(outcome.run.path / "run.json", {**outcome.run.info(), "baseline": scratch.name})
-                folders.append(_attempt(scratch, layout, report, stop).run.path)
+                folders.append(_attempt(scratch, layout, {**report, "teachers": ""}, stop).run.path)
         except local.StoppedEarly:
             typer.echo("stopped before training began; the same command goes on")
             raise typer.Exit(runs.SAVED) from None
@@ -206,24 +199,36 @@ def teach(
 ) -> None:
     """Run a recipe's teacher once over the training rows and store its logits, for `teacher.cache`."""
     import json
+    import shlex
     import subprocess
     import tempfile
 
     from fleetune.cluster import local
     from fleetune.recipe import dump_recipe
 
-    loaded = load(recipe, overrides)
+    loaded, _ = _prepare(recipe, load(recipe, overrides), _plan(1, 1))
     folder = out or Path(loaded.output_dir) / f"{loaded.name}-taught"
+    said: list[str] = []
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         file.write(dump_recipe(loaded))
         file.flush()
         command = [sys.executable, "-m", "fleetune.train.teacher_cache", file.name, str(folder)]
-        done = subprocess.run(command, env=local.rank_environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        fail(local.error_of(done.stderr), done.returncode)
-    report = json.loads(done.stdout)
-    typer.echo(f"{folder}: {len(report['labels'])} logits of each of {report['rows']} rows")
-    typer.echo(f"train with it: teacher.model_name_or_path=null teacher.cache={folder}")
+        process = subprocess.Popen(
+            command, env=local.rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("taught "):
+                typer.echo(line.rstrip())
+        report = process.stdout.read()
+    if process.wait():
+        fail(local.error_of("".join(said)), process.returncode)
+    taught = json.loads(report)
+    typer.echo(f"{folder}: {len(taught['labels'])} logits of each of {taught['rows']} rows")
+    key = taught["key"]
+    typer.echo(f"train with it: {key}.model_name_or_path=null {shlex.quote(f'{key}.cache={folder}')}")
 
 
 @app.command("eval")

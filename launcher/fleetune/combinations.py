@@ -31,28 +31,7 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         yield "model.label_names", names, "a name stands there twice"
     if names is not None and recipe.model.num_labels not in (None, len(names)):
         yield "model.label_names", names, f"should be {recipe.model.num_labels} names, as model.num_labels says"
-    wrong = "mse" if classification else "cross_entropy"
-    kinds = [loss.kind for loss in losses_of(recipe)]
-    for index, loss in enumerate(recipe.losses):
-        if loss.kind == wrong:
-            yield (
-                f"losses.{index}.kind",
-                loss.kind,
-                f"does not fit task: {recipe.task}; " + ("use cross_entropy" if classification else "use mse"),
-            )
-        weights = loss.class_weights if isinstance(loss, CrossEntropy) else None
-        if weights is not None and recipe.model.num_labels not in (None, len(weights)):
-            yield (
-                f"losses.{index}.class_weights",
-                weights,
-                f"should be {recipe.model.num_labels} numbers, as model.num_labels says",
-            )
-        if weights is not None and not any(weights):
-            yield f"losses.{index}.class_weights", weights, "at least one should be above 0"
-        if kinds.index(loss.kind) != index and loss.kind in ("cross_entropy", "mse", "distillation", "embedding"):
-            yield f"losses.{index}.kind", loss.kind, "stands in the list twice; give one of them the weight"
-    if all(kind.endswith("_penalty") for kind in kinds):
-        yield "losses", kinds, "penalties alone teach nothing: add " + ("cross_entropy" if classification else "mse")
+    yield from _loss_combinations(recipe)
     legal = (CLASSIFICATION_METRICS if classification else REGRESSION_METRICS) + ("loss",)
     for index, metric in enumerate(recipe.evaluation.metrics or ()):
         if metric not in legal:
@@ -84,6 +63,32 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     yield from _training_combinations(recipe)
 
 
+def _loss_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    classification = recipe.task == "classification"
+    wrong = "mse" if classification else "cross_entropy"
+    kinds = [loss.kind for loss in losses_of(recipe)]
+    for index, loss in enumerate(recipe.losses):
+        if loss.kind == wrong:
+            yield (
+                f"losses.{index}.kind",
+                loss.kind,
+                f"does not fit task: {recipe.task}; " + ("use cross_entropy" if classification else "use mse"),
+            )
+        weights = loss.class_weights if isinstance(loss, CrossEntropy) else None
+        if weights is not None and recipe.model.num_labels not in (None, len(weights)):
+            yield (
+                f"losses.{index}.class_weights",
+                weights,
+                f"should be {recipe.model.num_labels} numbers, as model.num_labels says",
+            )
+        if weights is not None and not any(weights):
+            yield f"losses.{index}.class_weights", weights, "at least one should be above 0"
+        if kinds.index(loss.kind) != index and loss.kind in ("cross_entropy", "mse", "distillation", "embedding"):
+            yield f"losses.{index}.kind", loss.kind, "stands in the list twice; give one of them the weight"
+    if all(kind.endswith("_penalty") for kind in kinds):
+        yield "losses", kinds, "penalties alone teach nothing: add " + ("cross_entropy" if classification else "mse")
+
+
 def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     teachers = teachers_of(recipe)
     wanting = [(i, loss) for i, loss in enumerate(recipe.losses) if loss.kind in OF_A_TEACHER]
@@ -98,6 +103,10 @@ def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             yield f"losses.{index}.kind", loss.kind, "needs a teacher: {model_name_or_path: ...}"
         elif loss.kind == "distillation" and recipe.task == "regression":
             yield f"losses.{index}.kind", loss.kind, "is for classes; a regression's teacher serves hidden_states"
+        if loss.kind == "distillation" and loss.beta is not None and loss.divergence != "jsd":
+            yield f"losses.{index}.beta", loss.beta, f"is for divergence: jsd, and this is {loss.divergence}"
+        if loss.kind == "attention" and loss.relation_heads is not None and loss.compare != "values":
+            yield f"losses.{index}.relation_heads", loss.relation_heads, "is for compare: values; leave it out"
     if teachers and not wanting:
         name, teacher = teachers[0]
         legal = ", ".join(OF_A_TEACHER)
@@ -108,6 +117,8 @@ def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         elif teacher.cache is not None:
             if teacher.model_name_or_path is not None:
                 yield f"{name}.cache", teacher.cache, f"stands in the place of {name}.model_name_or_path: leave one out"
+            if teacher.dtype != "auto":
+                yield f"{name}.dtype", teacher.dtype, f"is of a teacher that runs, and {name}.cache stands for it"
             for index, loss in wanting:
                 if loss.kind != "distillation":
                     yield (

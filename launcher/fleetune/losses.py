@@ -15,12 +15,11 @@ def _layer_map(value: Any) -> Any:
     if value in ("uniform", "last"):
         return value
     pairs = value if isinstance(value, list) else []
-    if not pairs or not all(
-        isinstance(p, list) and len(p) == 2 and all(type(i) is int and i >= 0 for i in p) for p in pairs
-    ):
+    fits = all(isinstance(p, list) and len(p) == 2 and all(type(i) is int and i >= 0 for i in p) for p in pairs)
+    if not pairs or not fits or any(pair in pairs[:i] for i, pair in enumerate(pairs)):
         raise PydanticCustomError(
             "layer_map",
-            "should be uniform, last, or pairs of a student's layer and a teacher's, such as [[0, 1], [1, 3]]",
+            "should be uniform, last, or pairs of a student's layer and a teacher's, each once: [[0, 1], [1, 3]]",
         )
     return value
 
@@ -73,8 +72,8 @@ class Distillation(Section):
     """Both models' logits are divided by it: above 1, the unlikely classes say more."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "tvd"] = "forward_kl"
     """KL(teacher || student), KL(student || teacher), Jensen-Shannon with beta, or total variation (without tau²)."""
-    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """For jsd: the teacher's share of the mixture."""
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """For jsd: the teacher's share of the mixture; half of it when absent."""
     combine: Literal["targets", "losses"] = "targets"
     """Several teachers: one loss against the weighted mean of their soft targets, or the mean of one loss for each."""
 

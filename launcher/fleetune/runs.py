@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "retries.",
     "deepspeed.offload_",
+    "teacher.deepspeed.offload_",
 )
 PACKAGES = ("fleetune", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "wandb")
 
@@ -207,7 +208,7 @@ def _refuse_another_recipe(run: Run, recipe: Recipe, layout: dict[str, int], dat
     stored = run.info()["layout"]
     moved = [f"{key} = {layout[key]}: the run has {stored[key]}" for key in layout if stored.get(key) != layout[key]]
     if data is not None and run.info().get("data", data) != data:
-        moved.append("the data are not those it was trained on: a file, or what is made of it, has changed")
+        moved.append("the data are not those it was trained on: a file, what is made of it, or a teacher has changed")
     if moved and any(run.checkpoints.glob("step-*")):
         raise RecipeError(f"{run.path} goes on only as it began (--fresh begins anew):\n  " + "\n  ".join(moved))
 

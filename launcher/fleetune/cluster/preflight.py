@@ -17,7 +17,7 @@ from fleetune.cluster.file_systems import existing, why_unshared
 from fleetune.cluster.profile import Profile, minutes_of
 from fleetune.cluster.site import Cluster, Nodes, ask
 from fleetune.faults import shown
-from fleetune.schema import Recipe, RecipeError
+from fleetune.schema import Recipe, RecipeError, teachers_of
 
 Fault = tuple[str, Any, str]  # the profile's key, its value, what would be right
 MOST_NAMES = 20
@@ -241,6 +241,10 @@ def _unshared(recipe: Recipe) -> Iterator[str]:
     """A line for each place that the nodes would have to see, and most probably do not."""
     named = [("output_dir", recipe.output_dir), ("model.model_name_or_path", recipe.model.model_name_or_path)]
     named += [(f"data.{split}.path", path) for split, path in _data(recipe)]
+    for key, teacher in teachers_of(recipe):
+        named += [
+            (f"{key}.{name}", path) for name in ("model_name_or_path", "cache") if (path := getattr(teacher, name))
+        ]
     for key, path in named:
         if Path(path).is_absolute() and (why := why_unshared(Path(path))) is not None:
             yield f"{key} = {shown(path)}: {why}; the nodes must see the same files there"
@@ -253,6 +257,8 @@ def _not_cached(recipe: Recipe, profile: Profile) -> Iterator[str]:
     cache = hub_cache({**os.environ, **profile.environment})
     named = [("model.model_name_or_path", "models", recipe.model.model_name_or_path)]
     named += [(f"data.{split}.path", "datasets", path) for split, path in _data(recipe)]
+    for key, teacher in teachers_of(recipe):
+        named += [(f"{key}.model_name_or_path", "models", name)] if (name := teacher.model_name_or_path) else []
     for key, kind, name in named:
         is_hub = not Path(name).is_absolute() and "://" not in name
         if is_hub and not (cache / f"{kind}--{name.replace('/', '--')}").exists():

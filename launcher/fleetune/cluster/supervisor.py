@@ -121,7 +121,7 @@ def _lead(run: runs.Run, task: Task, notes: Path) -> Any:
         runs.write_json(run.path / "run.json", run.info() | {"fp32_for_bf16": True})
         runs.write_text(run.recipe_file, dump_recipe(recipe))
     _await_free(run)
-    runs.open_run(_at(recipe, run), layout.stored(), False, report["content"], steps)
+    runs.open_run(_at(recipe, run), layout.stored(), False, report["content"] + report["teachers"], steps)
     runs.write_json(
         run.path / "run.json", run.info() | {"total_steps": steps, "global_batch_size": batch.global_batch_size}
     )

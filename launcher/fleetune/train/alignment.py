@@ -76,6 +76,13 @@ def matches_of(recipe: Recipe, student: Any, teachers: list[Any]) -> list[Match]
     for index, loss in enumerate(losses_of(recipe)):
         if isinstance(loss, HiddenStates | Attention | Embedding):
             key = f"losses.{index}"
+            for config in (student, *teachers):
+                known = all(hasattr(config, n) for n in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+                if getattr(config, "is_encoder_decoder", False) or not known:
+                    raise ValueError(
+                        f"{key}.kind = {loss.kind!r}: a {config.model_type} model has no single row of layers; "
+                        "distillation learns from its logits alone"
+                    )
             for number, teacher in enumerate(teachers):
                 if isinstance(loss, Attention):
                     _check_heads(loss, key, student, teacher)

@@ -85,12 +85,17 @@ def load_config(recipe: Recipe, label_names: list[str]) -> Any:
             raise ModelError(f"model.config.{key} = {value!r}: {' '.join(str(error).split())}") from None
     if recipe.model.attn_implementation is not None:
         config._attn_implementation = recipe.model.attn_implementation
+    check_length(config, recipe.data.max_length, "the model")
+    return config
+
+
+def check_length(config: Any, max_length: int, whose: str) -> None:
+    """Raises ModelError where rows may be longer than the model has positions for."""
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and config.model_type in COUNT_POSITIONS_FROM_PADDING:
         limit -= config.pad_token_id + 1
-    if isinstance(limit, int) and recipe.data.max_length > limit:
-        raise ModelError(f"data.max_length = {recipe.data.max_length}: the model takes at most {limit} tokens")
-    return config
+    if isinstance(limit, int) and max_length > limit:
+        raise ModelError(f"data.max_length = {max_length}: {whose} takes at most {limit} tokens")
 
 
 def load(kind: Any, model: Model | Teacher, key: str = "model", **keywords: Any) -> Any:

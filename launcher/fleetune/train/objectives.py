@@ -162,7 +162,7 @@ def _distillation(loss: Distillation, shares: Sequence[float], kernels: str) -> 
             logits,
             temperature=loss.temperature,
             divergence=loss.divergence,
-            beta=loss.beta,
+            beta=0.5 if loss.beta is None else loss.beta,
             token_weights=batch.weights,
             num_items=num_items,
             backend=kernels,
@@ -234,6 +234,8 @@ def _maps(
     def compare(match: Match) -> torch.Tensor:
         mine = _precise(student.attentions[match.student_layer])  # (B, H, L, L)
         theirs = teachers[match.teacher].attentions[match.teacher_layer].to(mine.dtype)
+        # In bf16 they sum to 1 only nearly, and the divergence of such could be below 0.
+        mine, theirs = (each / each.sum(-1, keepdim=True) for each in (mine, theirs))
         tiny = torch.finfo(mine.dtype).tiny  # a padded key has probability 0 in both
         return (torch.xlogy(theirs, theirs) - theirs * mine.clamp(min=tiny).log()).sum(-1).mean(1)
 

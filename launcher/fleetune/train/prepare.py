@@ -72,9 +72,9 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     if rows is not None and rows < needed:
         raise RecipeError(f"model.resize_embeddings = {rows}: the tokenizer needs {needed} rows, one for each token")
     counted = _check_model(recipe, config)
-    _check_teachers(recipe, config, counted["num_hidden_layers"], tokenizer, prepared)
     return {
         **prepared.report,
+        "teachers": _check_teachers(recipe, config, counted["num_hidden_layers"], tokenizer, prepared),
         **counted,
         "has_fast_bf16": has_fast_bf16(),
         "dropout": [
@@ -83,27 +83,29 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: Any, data: Prepared) -> None:
-    """`layers`: how many of them the student has in the end."""
+def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: Any, data: Prepared) -> str:
+    """What the teachers are, as a hash; `layers`: how many of them the student has in the end."""
     from fleetune.train.alignment import matches_of
-    from fleetune.train.teacher import check_teacher, load_teacher_config
+    from fleetune.train.teacher import check_teacher, load_teacher_config, teacher_digest
     from fleetune.train.teacher_cache import check_cache
 
-    configs = []
+    configs, digests = [], []
     for key, teacher in teachers_of(recipe):
         if teacher.cache is not None:
-            check_cache(teacher, key, data.splits["train"], tokenizer, data.label_names)
+            digests.append(check_cache(teacher, key, data.splits["train"], tokenizer, data.label_names))
             continue
-        configs.append(load_teacher_config(recipe, teacher, key))
+        configs.append(load_teacher_config(recipe, teacher, key, tokenizer))
         check_teacher(recipe, teacher, key, configs[-1], tokenizer, data.label_names)
-    if not configs:
-        return
+        digests.append(teacher_digest(teacher, configs[-1]))
+    if not digests:
+        return ""
     student = copy.deepcopy(config)
     student.num_hidden_layers = layers
     try:
         matches_of(recipe, student, configs)
     except ValueError as error:
         raise RecipeError(str(error)) from None
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:32]
 
 
 def _check_model(recipe: Recipe, config: Any) -> dict[str, Any]:

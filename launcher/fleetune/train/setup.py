@@ -63,7 +63,10 @@ class Setup:
 
 
 def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Setup:
-    """Data, models and engine for RUN; with `dtype` all weights are converted to it."""
+    """Data, models and engine for RUN; with `dtype` all weights are converted to it.
+
+    Raises DataError, ModelError, RecipeError: what the recipe names is not there, or does not fit any more.
+    """
     recipe = run.recipe()
     batch = cut_batch(recipe.training, world.world_size)
     tokenizer = load_tokenizer(recipe)
@@ -72,7 +75,7 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
     model = build_model(recipe, data.label_names, engine.weights_dtype(recipe), config)
     sizes = {name: zero.numel(p) for name, p in model.named_parameters()}
     trainable = {name: sizes[name] for name, p in model.named_parameters() if p.requires_grad}
-    teachers = load_teachers(recipe, data.label_names, batch, world, dtype)
+    teachers = load_teachers(recipe, data.label_names, tokenizer, batch, world, dtype)
     configs = [teacher.config for teacher in teachers if isinstance(teacher, LoadedTeacher)]
     matches = matches_of(recipe, model.config, configs)
     add_projections(model, matches, recipe)

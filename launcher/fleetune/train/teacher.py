@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from fleetune.batch import Batch
+from fleetune.losses import Distillation
 from fleetune.schema import Recipe, Teacher, teachers_of
 from fleetune.train import zero
 from fleetune.train.alignment import Asked, Outputs, asked_by, run
 from fleetune.train.batches import MicroBatch
 from fleetune.train.cache import tokenizer_content
 from fleetune.train.distributed import World
-from fleetune.train.model import ModelError, load
+from fleetune.train.model import ModelError, check_length, load, model_location
 from fleetune.train.teacher_cache import CachedTeacher, open_cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,19 +46,17 @@ class LoadedTeacher:
 
 
 def load_teachers(
-    recipe: Recipe, label_names: list[str], batch: Batch, world: World, dtype: torch.dtype | None = None
+    recipe: Recipe, label_names: list[str], tokenizer: Any, batch: Batch, world: World, dtype: torch.dtype | None = None
 ) -> list[LoadedTeacher | CachedTeacher]:
     """All that the recipe names, each in its own dtype, or in this one. Raises ModelError."""
-    named = teachers_of(recipe)
-    total = sum(teacher.weight for _, teacher in named)
+    total = sum(teacher.weight for _, teacher in teachers_of(recipe))
     found: list[LoadedTeacher | CachedTeacher] = []
-    for key, teacher in named:
-        share = teacher.weight / total
+    for key, teacher in teachers_of(recipe):
         if teacher.cache is not None:
-            found.append(open_cache(teacher, share))
-        else:
-            config = load_teacher_config(recipe, teacher, key)
-            found.append(load_teacher(recipe, teacher, key, config, label_names, share, batch, world, dtype))
+            found.append(open_cache(teacher, teacher.weight / total))
+            continue
+        loaded = load_teacher(recipe, teacher, key, label_names, tokenizer, batch, world, dtype)
+        found.append(dataclasses.replace(loaded, weight=teacher.weight / total))
     return found
 
 
@@ -62,18 +64,19 @@ def load_teacher(
     recipe: Recipe,
     teacher: Teacher,
     key: str,
-    config: Any,
     label_names: list[str],
-    share: float,
+    tokenizer: Any,
     batch: Batch,
     world: World,
     dtype: torch.dtype | None = None,
 ) -> LoadedTeacher:
+    """One of them, by itself. Raises ModelError."""
+    config = load_teacher_config(recipe, teacher, key, tokenizer)
     columns = label_columns(recipe, config, label_names, key)
-    model, engine = _load(teacher, key, config, dtype or _dtype(recipe, teacher), batch, world)
+    model, engine = _placed(teacher, key, config, dtype or _dtype(recipe, teacher), batch, world)
     return LoadedTeacher(
         config,
-        share,
+        1.0,
         model,
         engine,
         frozenset(inspect.signature(model.forward).parameters),
@@ -82,9 +85,10 @@ def load_teacher(
     )
 
 
-def _load(
+def _placed(
     teacher: Teacher, key: str, config: Any, dtype: torch.dtype, batch: Batch, world: World
 ) -> tuple[nn.Module, Any]:
+    """The model on its device, or cut over the ranks, and what runs it."""
     from transformers import AutoModelForSequenceClassification
 
     settings = zero.inference_config(teacher.deepspeed, dtype, batch.micro_batch_size)
@@ -93,8 +97,7 @@ def _load(
     model.requires_grad_(False).eval()
     if teacher.deepspeed.zero_stage == 0:
         return model.to(world.device), model
-    engine = zero.inference_engine(model, settings)
-    return model, engine
+    return model, zero.inference_engine(model, settings)
 
 
 def _dtype(recipe: Recipe, teacher: Teacher) -> torch.dtype:
@@ -104,24 +107,56 @@ def _dtype(recipe: Recipe, teacher: Teacher) -> torch.dtype:
     return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
 
 
-def load_teacher_config(recipe: Recipe, teacher: Teacher, key: str) -> Any:
+def load_teacher_config(recipe: Recipe, teacher: Teacher, key: str, tokenizer: Any) -> Any:
+    """As it runs beside the student, whose batches are padded by this tokenizer. Raises ModelError."""
     from transformers import AutoConfig
 
     config = load(AutoConfig, teacher, key)
+    config.pad_token_id = tokenizer.pad_token_id
     if asked_by(recipe).attentions:
         config._attn_implementation = "eager"
     return config
+
+
+def teacher_digest(teacher: Teacher, config: Any) -> str:
+    """What a run that goes on must find as it was: the commit on the hub, or a local model's weights.
+
+    Of these the size and both ends of each file, which another training changes: whole files of large models would
+    have to be read at every start.
+    """
+    if getattr(config, "_commit_hash", None):
+        return str(config._commit_hash)
+    digest = hashlib.sha256()
+    folder = Path(model_location(str(teacher.model_name_or_path)))
+    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {size}".encode() + file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- whether it fits the student
 
 
 def check_teacher(recipe: Recipe, teacher: Teacher, key: str, config: Any, tokenizer: Any, labels: list[str]) -> None:
-    """Raises ModelError for a teacher of other tokens or labels than the student's."""
+    """Raises ModelError for a teacher of other tokens or labels than the student's, or without a classifier."""
     from transformers import AutoTokenizer
 
+    named = f"{key}.model_name_or_path = {teacher.model_name_or_path!r}"
+    kind = (config.architectures or ["no architecture"])[0]
+    if any(isinstance(loss, Distillation) for loss in recipe.losses) and not kind.endswith("ForSequenceClassification"):
+        raise ModelError(
+            f"{named}: is no classifier ({kind}): its soft targets would be drawn at random; fine-tune it first, or "
+            "learn from its layers alone (hidden_states, embedding, attention)"
+        )
     label_columns(recipe, config, labels, key)
+    check_length(config, recipe.data.max_length, f"the teacher ({key})")
     own = load(AutoTokenizer, teacher, key)
+    types = "token_type_ids"
+    if recipe.data.text_pair_column and types in own.model_input_names and types not in tokenizer.model_input_names:
+        raise ModelError(f"{named}: reads which text of a pair a token is of ({types}), and the student does not")
     if tokenizer_content(own) == tokenizer_content(tokenizer):
         return
     mine, theirs = tokenizer.get_vocab(), own.get_vocab()
@@ -133,7 +168,7 @@ def check_teacher(recipe: Recipe, teacher: Teacher, key: str, config: Any, token
     else:
         reason = "the tokens are the same, but not how text is cut into them"
     raise ModelError(
-        f"{key}.model_name_or_path = {teacher.model_name_or_path!r}: its tokenizer is not the student's: {reason}. "
+        f"{named}: its tokenizer is not the student's: {reason}. "
         "A soft target stands for the student's own tokens, so both must read the same ones"
     )
 
@@ -153,6 +188,6 @@ def label_columns(recipe: Recipe, config: Any, labels: list[str], key: str) -> l
     if sorted(place) != sorted(label.casefold() for label in labels) or len(names) != len(labels):
         raise ModelError(
             f"{key}.model_name_or_path: the teacher's labels are {', '.join(names[:10])}, and the data's are "
-            f"{', '.join(labels[:10])}"
+            f"{', '.join(labels[:10])}; model.label_names gives the data's classes other names"
         )
     return [place[label.casefold()] for label in labels]

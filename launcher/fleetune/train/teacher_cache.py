@@ -1,10 +1,10 @@
 """What a teacher says of every training row, stored once: `python -m fleetune.train.teacher_cache RECIPE FOLDER`.
 
 FOLDER/part-00000.parquet   row: its number in its source; logits (C,) in fp32, in the order of the data's labels
-FOLDER/teacher.json         whose they are and of what: teacher, tokenizer, data, labels, parts with their SHA-256
+FOLDER/teacher.json         whose they are and of what: teacher, tokens, data, labels; each part's SHA-256 once it is
+                            written, and how many rows there are once all are
 
-Each part is written beside and renamed, so what was broken off goes on; teacher.json is written first without `parts`,
-and last with them. Run by one process, as `fleetune teach` does.
+Each part is written beside and renamed, so what was broken off goes on. Run by one process, as `fleetune teach` does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,10 +27,10 @@ import torch
 from fleetune import runs
 from fleetune.batch import Batch
 from fleetune.recipe import parse_recipe
-from fleetune.schema import Recipe, RecipeError, Teacher, teachers_of
+from fleetune.schema import Recipe, RecipeError, Teacher, TeacherDeepSpeed, teachers_of
 from fleetune.train.alignment import Outputs
 from fleetune.train.batches import MicroBatch, collate
-from fleetune.train.cache import file_hash, tokenizer_hash
+from fleetune.train.cache import tokenizer_hash
 from fleetune.train.data import DataError, Split, prepare
 from fleetune.train.distributed import World
 from fleetune.train.model import ModelError, load_tokenizer
@@ -54,24 +56,41 @@ class CachedTeacher:
 # ---------------------------------------------------------------- reading
 
 
-def check_cache(teacher: Teacher, key: str, split: Split, tokenizer: Any, label_names: list[str]) -> None:
-    """Raises RecipeError where it is half written, damaged, or of other data, tokens or labels."""
+def check_cache(teacher: Teacher, key: str, split: Split, tokenizer: Any, label_names: list[str]) -> str:
+    """A hash of its content. Raises RecipeError where it is half written, damaged, or of other data, tokens, labels."""
     where, folder = f"{key}.cache = {teacher.cache!r}", Path(str(teacher.cache))
+    stored = _read(folder)
+    if stored is None:
+        raise RecipeError(f"{where}: there is no teacher.json of this form: `fleetune teach RECIPE` writes one")
+    for name, value in _belongs_to(split, tokenizer, label_names).items():
+        if stored.get(name) != value:
+            others = f": {', '.join(map(str, stored[name]))}" if name == "labels" and name in stored else ""
+            raise RecipeError(f"{where}: is of other {name}{others}; teach with this recipe")
+    if stored.get("rows") != len(split):
+        raise RecipeError(f"{where}: is half written; the same `fleetune teach` goes on with it")
+    for name, digest in stored["parts"].items():
+        if _digest(folder / name) != digest:
+            raise RecipeError(f"{where}: {name} is damaged or gone; the same `fleetune teach` writes it anew")
+    return hashlib.sha256(json.dumps(stored["parts"], sort_keys=True).encode()).hexdigest()
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """teacher.json; None where there is none that this program wrote."""
     try:
         stored = runs.read_json(folder / "teacher.json")
     except (OSError, ValueError):
-        raise RecipeError(f"{where}: there is no teacher.json: `fleetune teach RECIPE` writes one") from None
-    if stored.get("format") != FORMAT:
-        raise RecipeError(f"{where}: is of format {stored.get('format')}, and this is {FORMAT}: teach anew")
-    for name, value in _belongs_to(split, tokenizer, label_names).items():
-        if stored[name] != value:
-            others = f": {', '.join(stored[name])}" if name == "labels" else ""
-            raise RecipeError(f"{where}: is of other {name}{others}; teach with this recipe")
-    if "parts" not in stored:
-        raise RecipeError(f"{where}: is half written; the same `fleetune teach` goes on with it")
-    for name, digest in stored["parts"].items():
-        if not (folder / name).exists() or file_hash(str(folder / name), key) != digest:
-            raise RecipeError(f"{where}: {name} is damaged or gone; remove it, and `fleetune teach` writes it anew")
+        return None
+    parts = stored.get("parts") if isinstance(stored, dict) and stored.get("format") == FORMAT else None
+    named = isinstance(parts, dict) and all(re.fullmatch(r"part-\d{5}\.parquet", name) for name in parts)
+    return stored if named else None
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def open_cache(teacher: Teacher, share: float) -> CachedTeacher:
@@ -89,8 +108,8 @@ def open_cache(teacher: Teacher, share: float) -> CachedTeacher:
 def _belongs_to(split: Split, tokenizer: Any, label_names: list[str]) -> dict[str, Any]:
     """What a cache is of, beside its teacher: the cleaned, tokenised rows say what the recipe's data come to."""
     digest = hashlib.sha256()
-    for array in (split.input_ids, split.offsets, split.index):
-        digest.update(np.ascontiguousarray(array).tobytes())
+    for array in (split.input_ids, split.offsets, split.index, split.token_type_ids):
+        digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
     return {"tokens": tokenizer_hash(tokenizer), "data": digest.hexdigest(), "labels": label_names}
 
 
@@ -98,67 +117,66 @@ def _belongs_to(split: Split, tokenizer: Any, label_names: list[str]) -> dict[st
 
 
 def teach(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Runs the recipe's one teacher over its training rows, those that are not there yet; returns teacher.json.
+    """Runs the recipe's one teacher over its training rows, those that are not there yet.
+
+    Returns its key, the number of rows, and the labels.
 
     Raises:
         RecipeError: there is not one teacher to run, or FOLDER is of another teacher or other data.
         DataError, ModelError: what the recipe names is not there.
     """
+    from fleetune.train.teacher import load_teacher  # which reads caches by this module
+
     key, teacher = _only_teacher(recipe)
     tokenizer = load_tokenizer(recipe)
     data = prepare(recipe, tokenizer)
     split, world = data.splits["train"], _alone()
-    loaded = _load(recipe, teacher, key, tokenizer, data.label_names, world)
-    stored = {
-        "format": FORMAT,
-        "teacher": {"name": teacher.model_name_or_path, "revision": teacher.revision, "weights": _hash(loaded.module)},
-        **_belongs_to(split, tokenizer, data.label_names),
-    }
-    _begin(folder, stored)
-    parts, batch_size = {}, recipe.evaluation.per_device_eval_batch_size
+    size = recipe.evaluation.per_device_eval_batch_size
+    loaded = load_teacher(recipe, teacher, key, data.label_names, tokenizer, Batch(size, 1, 1, size), world)
+    of = {"name": teacher.model_name_or_path, "revision": teacher.revision, "weights": _hash(loaded.module)}
+    stored = {"format": FORMAT, "teacher": of, **_belongs_to(split, tokenizer, data.label_names)}
+    parts = _begin(folder, stored)
     names = [(f"part-{start // PART:05d}.parquet", start) for start in range(0, len(split), PART)]
     for number, (name, start) in enumerate(names):
-        if not (folder / name).exists():
-            rows = np.arange(start, min(start + PART, len(split)))
-            _write(folder / name, split.index[rows], _logits(loaded, split, rows, batch_size, tokenizer, world))
-            print(f"taught {number + 1} of {len(names)} parts", file=sys.stderr, flush=True)
-        parts[name] = file_hash(str(folder / name), key)
-    runs.write_json(folder / "teacher.json", {**stored, "parts": parts})
-    return {**stored, "rows": len(split), "parts": parts}
+        if name in parts and _digest(folder / name) == parts[name]:
+            continue
+        rows = np.arange(start, min(start + PART, len(split)))
+        _write(folder / name, split.index[rows], _logits(loaded, split, rows, size, tokenizer, world))
+        parts[name] = str(_digest(folder / name))
+        runs.write_json(folder / "teacher.json", {**stored, "parts": parts})
+        print(f"taught {number + 1} of {len(names)} parts", file=sys.stderr, flush=True)
+    runs.write_json(folder / "teacher.json", {**stored, "parts": parts, "rows": len(split)})
+    return {"key": key, "rows": len(split), "labels": data.label_names}
 
 
 def _only_teacher(recipe: Recipe) -> tuple[str, Teacher]:
+    """With its key; held by this one process, whatever holds it in training."""
+    if recipe.task != "classification":
+        raise RecipeError(f"task = {recipe.task!r}: soft targets, which `fleetune teach` stores, are of classes")
     named = [(key, teacher) for key, teacher in teachers_of(recipe) if teacher.cache is None]
     if len(named) != 1:
         raise RecipeError(f"teacher: there are {len(named)} to be run; `fleetune teach` runs one")
-    return named[0]
-
-
-def _load(recipe: Recipe, teacher: Teacher, key: str, tokenizer: Any, labels: list[str], world: World) -> Any:
-    from fleetune.train.teacher import check_teacher, load_teacher, load_teacher_config
-
-    config = load_teacher_config(recipe, teacher, key)
-    check_teacher(recipe, teacher, key, config, tokenizer, labels)
-    size = recipe.evaluation.per_device_eval_batch_size
-    return load_teacher(recipe, teacher, key, config, labels, 1.0, Batch(size, 1, 1, size), world)
+    key, teacher = named[0]
+    return key, teacher.model_copy(update={"deepspeed": TeacherDeepSpeed()})
 
 
 def _alone() -> World:
     return World(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _begin(folder: Path, stored: dict[str, Any]) -> None:
-    file = folder / "teacher.json"
-    if file.exists():
-        there = runs.read_json(file)
-        there.pop("parts", None)
+def _begin(folder: Path, stored: dict[str, Any]) -> dict[str, str]:
+    """The parts that are there, with their digests. Raises RecipeError for a folder of something else."""
+    there = _read(folder)
+    if there is not None:
         different = [name for name in stored if there.get(name) != stored[name]]
         if different:
             raise RecipeError(f"{folder}: is a cache of another {different[0]}; choose another folder with --out")
-    elif folder.exists() and any(folder.iterdir()):
+        return dict(there["parts"])
+    if folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"{folder}: is no cache, and not empty; choose another folder with --out")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    runs.write_json(file, stored)
+    runs.write_json(folder / "teacher.json", {**stored, "parts": {}})
+    return {}
 
 
 def _logits(
@@ -197,6 +215,8 @@ def _hash(model: torch.nn.Module) -> str:
 
 
 def main() -> int:
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # the report alone goes to stdout
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("folder", type=Path)
@@ -207,7 +227,8 @@ def main() -> int:
     except (RecipeError, DataError, ModelError) as error:
         print(f"fleetune: error: {error}", file=sys.stderr)
         return runs.WRONG
-    json.dump(report, sys.stdout)
+    json.dump(report, output)
+    output.flush()
     return runs.DONE
 
 

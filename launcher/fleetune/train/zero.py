@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +23,26 @@ def import_deepspeed() -> Any:
     logger.setLevel(logging.WARNING)
     # The shared-memory all-reduce serves inference alone, and building it takes a compiler and a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
     return deepspeed
+
+
+@functools.cache
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed imports its Muon optimizer to see that ours is none, and Muon wraps three functions in torch.compile.
+
+    That alone imports the whole compiler, 2 s of every rank's start; without the wrapping nobody notices.
+    """
+
+    def unchanged(function: Any = None, **_: Any) -> Any:
+        return function if function is not None else unchanged
+
+    compile_ = torch.compile
+    torch.compile = unchanged  # type: ignore[assignment]
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compile_
 
 
 class _Zero3Config:
