@@ -347,6 +347,45 @@ def combinations() -> Iterator[Fault]:
         yield Fault("combination", key, values, said=said)
 
 
+def of_teachers() -> Iterator[Fault]:
+    """Around a recipe of every loss that learns from one."""
+    one = {"model_name_or_path": MODEL}
+    stored = {"cache": "validation.jsonl"}  # something that is there
+    soft = [{"kind": "distillation"}]
+    for key, given, said in (
+        ("losses.0.kind", {"teacher": None, "losses": soft}, "needs a teacher: {model_name_or_path: ...}"),
+        ("losses.0.kind", {"task": "regression", "losses": soft}, "is for classes"),
+        ("losses.1.kind", {"losses": soft * 2}, "stands in the list twice"),
+        ("losses.0.beta", {"losses": [{"kind": "distillation", "beta": 0.3}]}, "is for divergence: jsd"),
+        (
+            "losses.0.relation_heads",
+            {"losses": [{"kind": "attention", "compare": "maps", "relation_heads": 2}]},
+            "is for compare: values",
+        ),
+        ("teacher", {"losses": [{"kind": "cross_entropy"}]}, "no loss learns from it; losses that do: distillation, "),
+        ("teachers", {"teachers": [one]}, "there is `teacher` already; use one of the two"),
+        ("teacher", {"teacher": {}}, "needs model_name_or_path, or cache"),
+        ("teacher.cache", {"losses": soft, "teacher": one | stored, "data.augmentation": []}, "leave one out"),
+        (
+            "losses.1.kind",
+            {"losses": [*soft, {"kind": "embedding"}], "teacher": stored, "data.augmentation": []},
+            "needs the teacher itself; teacher.cache has its logits",
+        ),
+        ("data.augmentation", {"losses": soft, "teacher": stored}, "changes the rows that teacher.cache is of"),
+        (
+            "teacher.dtype",
+            {"losses": soft, "teacher": stored | {"dtype": "bfloat16"}, "data.augmentation": []},
+            "is of a teacher that runs",
+        ),
+        ("teacher.deepspeed.zero_stage", {"teacher.deepspeed.zero_stage": 2}, "0 or 3: it has no optimizer to cut"),
+        ("teacher.deepspeed.offload_param", {"teacher.deepspeed.offload_param": "cpu"}, "needs zero_stage 3"),
+    ):
+        values = copy.deepcopy(DISTILLED)
+        for path, value in given.items():
+            values = changed(values, path, value)
+        yield Fault("teacher", key, values, said=said)
+
+
 def save_steps() -> Iterator[Fault]:
     for wrong in ("sometimes", "atuo", "100", 2.5, True, -3, [100]):
         values = CLASSIFICATION | {"checkpoint": {"save_steps": wrong}}
@@ -464,7 +503,7 @@ def batches() -> Iterator[Fault]:
 
 
 GENERATED = [*misspelt(), *of_another_type(), *out_of_range(), *illegal(), *missing()]
-WRITTEN = [*misplaced(), *losses(), *combinations(), *save_steps(), *keep_layers(), *paths()]
+WRITTEN = [*misplaced(), *losses(), *combinations(), *of_teachers(), *save_steps(), *keep_layers(), *paths()]
 WRITTEN += [*overrides(), *yaml_text(), *batches()]
 FAULTS = [*GENERATED, *WRITTEN]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -17,7 +18,14 @@ from fleetune.schema import Recipe, teachers_of
 from fleetune.train.batches import MicroBatch
 from fleetune.train.distributed import World
 from fleetune.train.model import ModelError, load_tokenizer
-from fleetune.train.teacher import LoadedTeacher, check_teacher, label_columns, load_teacher_config, load_teachers
+from fleetune.train.teacher import (
+    LoadedTeacher,
+    check_teacher,
+    label_columns,
+    load_teacher_config,
+    load_teachers,
+    teacher_digest,
+)
 
 NAMES = ["negative", "positive"]
 ONE = Batch(4, 1, 1, 4)
@@ -48,13 +56,13 @@ def recipe(folder: Path, **teacher: Any) -> Recipe:
 
 def with_names(folder: Path, names: list[str]) -> Any:
     found = recipe(folder)
-    config = load_teacher_config(found, teachers_of(found)[0][1], "teacher")
+    config = load_teacher_config(found, teachers_of(found)[0][1], "teacher", load_tokenizer(found))
     config.id2label = dict(enumerate(names))
     return found, config
 
 
 def loaded(folder: Path, **teacher: Any) -> LoadedTeacher:
-    (found,) = load_teachers(recipe(folder, **teacher), NAMES, ONE, ALONE)
+    (found,) = load_teachers(recipe(folder, **teacher), NAMES, load_tokenizer(recipe(folder)), ONE, ALONE)
     return found
 
 
@@ -120,9 +128,48 @@ def test_another_tokenizer_is_refused_with_what_differs(
 ) -> None:
     found = recipe(folder, model_name_or_path=str(changed(tmp_path / "teacher", *change)))
     key, teacher = teachers_of(found)[0]
-    config = load_teacher_config(found, teacher, key)
+    config = load_teacher_config(found, teacher, key, load_tokenizer(found))
+    config.architectures = ["BertForSequenceClassification"]
     with pytest.raises(ModelError, match=f"its tokenizer is not the student's: .*{said}"):
         check_teacher(found, teacher, key, config, load_tokenizer(found), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("config", "sections", "said"),
+    [
+        ({"architectures": ["BertModel"]}, {}, r"teacher\.model_name_or_path = .*: is no classifier \(BertModel\)"),
+        ({"architectures": ["BertModel"]}, {"losses": [{"kind": "embedding"}]}, None),
+        (
+            {"max_position_embeddings": 16},
+            {},
+            r"data\.max_length = 32: the teacher \(teacher\) takes at most 16 tokens",
+        ),
+    ],
+)
+def test_what_its_config_cannot_do_is_said_before_it_is_loaded(
+    folder: Path, config: dict[str, Any], sections: dict[str, Any], said: str | None
+) -> None:
+    values = recipe(folder).model_dump(mode="json") | sections
+    found = Recipe.model_validate(values)
+    key, teacher = teachers_of(found)[0]
+    tokenizer = load_tokenizer(found)
+    its = load_teacher_config(found, teacher, key, tokenizer)
+    for name, value in config.items():
+        setattr(its, name, value)
+    refused = contextlib.nullcontext() if said is None else pytest.raises(ModelError, match=said)
+    with refused:
+        check_teacher(found, teacher, key, its, tokenizer, NAMES)
+
+
+def test_a_teacher_that_was_trained_again_is_another(folder: Path, tmp_path: Path) -> None:
+    def digest(path: Path) -> str:
+        found = recipe(folder, model_name_or_path=str(path))
+        key, teacher = teachers_of(found)[0]
+        return teacher_digest(teacher, load_teacher_config(found, teacher, key, load_tokenizer(found)))
+
+    again = write_model(tmp_path / "again", seed=5)
+    loaded(folder).module.save_pretrained(tmp_path / "copy")  # type: ignore[operator]
+    assert digest(tmp_path / "copy") == digest(folder / "teacher") != digest(again)
 
 
 # ---------------------------------------------------------------- how it is held
@@ -145,7 +192,8 @@ def test_inputs_that_it_does_not_know_are_not_given_to_it(folder: Path) -> None:
 def test_shares_of_several_teachers_are_of_one(folder: Path) -> None:
     one = {"model_name_or_path": str(folder / "teacher")}
     values = recipe_values(folder, "tiny", losses=[{"kind": "distillation"}], teachers=[{**one, "weight": 3.0}, one])
-    assert [t.weight for t in load_teachers(Recipe.model_validate(values), NAMES, ONE, ALONE)] == [0.75, 0.25]
+    found = Recipe.model_validate(values)
+    assert [t.weight for t in load_teachers(found, NAMES, load_tokenizer(found), ONE, ALONE)] == [0.75, 0.25]
 
 
 def test_a_run_of_fleetune_is_its_model_and_one_without_is_refused(folder: Path, tmp_path: Path) -> None:

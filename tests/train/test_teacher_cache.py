@@ -10,17 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import make_run, train_together
 from tiny import recipe_values, write_model, write_rows
 
+from fleetune.batch import Batch
 from fleetune.schema import Recipe, RecipeError, teachers_of
 from fleetune.train import teacher_cache
 from fleetune.train.batches import collate
 from fleetune.train.data import prepare
 from fleetune.train.model import load_tokenizer
 from fleetune.train.prepare import prepare_recipe
+from fleetune.train.teacher import load_teachers
 from fleetune.train.teacher_cache import open_cache, teach
 from fleetune.verify import exact_metrics
 
@@ -57,8 +60,6 @@ def cache(folder: Path) -> Path:
 
 
 def test_it_holds_the_teachers_logits_of_every_row(folder: Path, cache: Path) -> None:
-    from fleetune.train.teacher import load_teachers
-
     found = recipe(folder)
     tokenizer = load_tokenizer(found)
     data = prepare(found, tokenizer)
@@ -67,9 +68,9 @@ def test_it_holds_the_teachers_logits_of_every_row(folder: Path, cache: Path) ->
         "part-00000.parquet", "part-00001.parquet", "part-00002.parquet", "teacher.json",
     ]  # fmt: skip
     stored = open_cache(teachers_of(recipe(folder, teacher={"cache": str(cache)}))[0][1], 1.0)
-    (live,) = load_teachers(found, data.label_names, teacher_cache.Batch(4, 1, 1, 4), teacher_cache._alone())
+    (live,) = load_teachers(found, data.label_names, tokenizer, Batch(4, 1, 1, 4), teacher_cache._alone())
     for rows in ([3, 36, 0], [16, 15]):
-        batch = collate(split, split.index[rows], tokenizer.pad_token_id)
+        batch = collate(split, np.array(rows), tokenizer.pad_token_id)
         torch.testing.assert_close(stored(batch).logits, live(batch).logits, rtol=1e-5, atol=1e-6)
 
 
@@ -88,7 +89,8 @@ def test_what_was_broken_off_goes_on(folder: Path, cache: Path, tmp_path: Path, 
     half = tmp_path / "half"
     shutil.copytree(cache, half)
     stored = json.loads((half / "teacher.json").read_text(encoding="utf-8"))
-    stored.pop("parts")
+    stored.pop("rows")
+    stored["parts"].pop("part-00001.parquet")
     (half / "teacher.json").write_text(json.dumps(stored), encoding="utf-8")
     (half / "part-00001.parquet").unlink()
     kept = {path: path.stat().st_mtime_ns for path in half.glob("*.parquet")}
@@ -98,6 +100,31 @@ def test_what_was_broken_off_goes_on(folder: Path, cache: Path, tmp_path: Path, 
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     for path in cache.glob("*.parquet"):
         assert (half / path.name).read_bytes() == path.read_bytes()
+
+
+def test_rows_are_found_by_their_numbers_where_some_were_taken_away(folder: Path, tmp_path: Path) -> None:
+    """Of what validation_fraction leaves, and for a micro-batch without rows too."""
+    data = {"validation": None, "validation_fraction": 0.3}
+    apart = recipe(folder, data=data)
+    teach(apart, tmp_path / "apart")
+    tokenizer = load_tokenizer(apart)
+    prepared = prepare(apart, tokenizer)
+    split = prepared.splits["train"]
+    assert len(split) == 26 and split.index.tolist() != list(range(26))  # noqa: PT018
+    stored = open_cache(teachers_of(recipe(folder, teacher={"cache": str(tmp_path / "apart")}))[0][1], 1.0)
+    (live,) = load_teachers(apart, prepared.label_names, tokenizer, Batch(4, 1, 1, 4), teacher_cache._alone())
+    for rows in (np.array([25, 0, 7]), np.array([], dtype=np.int64)):
+        batch = collate(split, rows, tokenizer.pad_token_id)
+        torch.testing.assert_close(stored(batch).logits, live(batch).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_damaged_part_is_written_anew(folder: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(teacher_cache, "PART", PART)
+    shutil.copytree(cache, tmp_path / "mine")
+    _damaged(tmp_path / "mine")
+    teach(recipe(folder), tmp_path / "mine")
+    for path in cache.iterdir():
+        assert (tmp_path / "mine" / path.name).read_bytes() == path.read_bytes()
 
 
 def _another_data(folder: Path) -> dict[str, Any]:
@@ -118,8 +145,14 @@ def _damaged(cache: Path) -> None:
         (lambda _: {"model": {"label_names": ["no", "yes"]}}, None, "is of other labels: 0, 1"),
         (lambda _: {}, _damaged, r"part-00002\.parquet is damaged or gone"),
         (lambda _: {}, lambda cache: (cache / "teacher.json").unlink(), "there is no teacher.json"),
+        (
+            lambda _: {},
+            lambda cache: (cache / "teacher.json").write_text('{"format": 1}'),
+            "no teacher.json of this form",
+        ),
+        (lambda _: {}, lambda cache: (cache / "teacher.json").write_text("[]"), "no teacher.json of this form"),
     ],
-    ids=["other-data", "cut-elsewhere", "other-labels", "damaged", "no-cache"],
+    ids=["other-data", "cut-elsewhere", "other-labels", "damaged", "no-cache", "no-form", "no-map"],
 )
 def test_a_cache_that_does_not_belong_is_refused(
     folder: Path,
