@@ -113,7 +113,8 @@ def test_no_cut_changes_the_gradient(gradients: Any, window: str, stage: int, cu
     assert found.difference.whole <= 1e-6, found.difference
     assert found.difference.worst <= 1e-6, found.difference
     assert list(found.losses) == NAMES
-    assert found.losses == pytest.approx(gradients[0][window, *WHOLE].losses, rel=1e-5)
+    # A small divergence is a small difference of sums near 1, known to fp32's own rounding.
+    assert found.losses == pytest.approx(gradients[0][window, *WHOLE].losses, rel=1e-5, abs=1e-8)
 
 
 def test_the_reference_is_the_formulas_in_plain_pytorch(workspace: Path, gradients: Any) -> None:
