@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from fleetune import report, runs
 from fleetune.attempts import end_attempt, start_attempt
 from fleetune.cluster.slurm import Job
 from fleetune.runs import Run
 from fleetune.schema import RecipeError
+from fleetune.terminal import MANY, print_table
 
 
 def make_run(folder: Path, name: str, **info: Any) -> Run:
@@ -66,6 +69,16 @@ def test_a_run_that_waits_says_for_what_and_one_cut_off_is_not_at_work(tmp_path:
     assert row(run)["state"] == "cut off"
     with runs.lease(run):
         assert row(run)["state"] == "running"
+
+
+def test_very_many_runs_are_plain_lines_with_the_same_cells(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("run", "what happened last")
+    for number in range(MANY + 1):
+        table.add_row(f"run-{number}", escape("killed [SIGKILL]"))
+    print_table(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["run", "what", "happened", "last"]
+    assert lines[1:] == [f"{f'run-{number}':<9}killed [SIGKILL]" for number in range(MANY + 1)]
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:

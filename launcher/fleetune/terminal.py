@@ -28,6 +28,8 @@ Nproc = Annotated[
 ]
 
 
+MANY = 100  # rows; rich takes milliseconds for each
+
 AnyRuns = Annotated[
     list[Path] | None, typer.Argument(metavar="[RUN]...", help="Those in runs/ when absent.", show_default=False)
 ]
@@ -54,7 +56,16 @@ def load(file: Path, overrides: list[str] | None) -> Recipe:
 
 
 def print_table(table: Table, width: int = 200) -> None:
-    """As wide as the terminal; of a fixed width elsewhere."""
+    """As wide as the terminal; of a fixed width elsewhere. One of many rows as plain columns, a thousand times faster."""
     from rich.console import Console
 
+    if table.row_count > MANY:
+        # The cells are escaped for rich.
+        columns = [
+            [str(column.header), *(str(cell).replace("\\[", "[") for cell in column.cells)] for column in table.columns
+        ]
+        widths = [max(map(len, column)) for column in columns]
+        for row in zip(*columns, strict=True):
+            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
     Console(width=None if sys.stdout.isatty() else width).print(table)
