@@ -56,7 +56,7 @@ def load(file: Path, overrides: list[str] | None) -> Recipe:
 
 
 def print_table(table: Table, width: int = 200) -> None:
-    """As wide as the terminal; of a fixed width elsewhere. One of many rows as plain columns, a thousand times faster."""
+    """As wide as the terminal; of a fixed width elsewhere. Very many rows are plain columns."""
     from rich.console import Console
 
     if table.row_count > MANY:
