@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fleetune.batch import cut_batch, steps_per_epoch, total_steps
 from fleetune.losses import CrossEntropy, L2Penalty
 from fleetune.recipe import dump_recipe, load_recipe, parse_recipe
-from fleetune.schema import Recipe, RecipeError, Training, json_schema, losses_of
+from fleetune.schema import Recipe, RecipeError, Training, head_warning, json_schema, losses_of
 from fleetune.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -584,3 +584,18 @@ def test_the_schema_refuses_what_the_loader_does(folder: Path, more: str, right:
 def test_the_schema_asks_a_recipe_with_a_base_for_nothing_that_the_base_may_give(given: str) -> None:
     assert accepts(SCHEMA, parse_yaml(f"extends: base.yaml\n{given}", "here"), SCHEMA)
     assert not accepts(SCHEMA, parse_yaml(given, "here"), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "warns"),
+    [(["cross_entropy", "hidden_states"], False), (["distillation"], False), (["hidden_states", "embedding"], True)],
+)
+def test_a_head_that_no_loss_reaches_is_warned_of(kinds: list[str], warns: bool) -> None:
+    values = {
+        "name": "tiny",
+        "task": "classification",
+        "model": {"model_name_or_path": "none"},
+        "data": {"train": {"path": "none"}},
+        "losses": [{"kind": kind} for kind in kinds],
+    }
+    assert (head_warning(Recipe.model_validate(values)) is not None) is warns

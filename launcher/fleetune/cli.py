@@ -106,11 +106,12 @@ def _prepare(file: Path, recipe: Recipe, layout: Layout, stop: Stop | None = Non
 def _show_data(recipe: Recipe, layout: Layout, report: dict[str, Any]) -> None:
     """What cleaning did, and what the training data warns of."""
     from fleetune.batch import batch_warning, cut_batch
+    from fleetune.schema import head_warning
 
     for step, touched in report["cleaning"].items():
         typer.echo(f"cleaning  {step}: " + ", ".join(f"{count} rows of {split}" for split, count in touched.items()))
     batch = cut_batch(recipe.training, layout.world_size)
-    for warning in (report.get("warning"), batch_warning(report["rows"]["train"], batch)):
+    for warning in (report.get("warning"), batch_warning(report["rows"]["train"], batch), head_warning(recipe)):
         if warning is not None:
             typer.echo(f"warning   {warning}")
 

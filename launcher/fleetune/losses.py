@@ -123,3 +123,4 @@ Loss = Annotated[
     Field(discriminator="kind"),
 ]
 OF_A_TEACHER = ("distillation", "hidden_states", "embedding", "attention")
+OF_LOGITS = ("cross_entropy", "mse", "distillation")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from fleetune.losses import CrossEntropy, Loss, MeanSquaredError
+from fleetune.losses import OF_LOGITS, CrossEntropy, Loss, MeanSquaredError
 from fleetune.sections import Fraction, NotNegative, NotNegativeInt, Positive, Scalar, Section
 
 
@@ -324,6 +324,13 @@ def losses_of(recipe: Recipe) -> list[Any]:
     if recipe.losses:
         return list(recipe.losses)
     return [CrossEntropy(kind="cross_entropy") if recipe.task == "classification" else MeanSquaredError(kind="mse")]
+
+
+def head_warning(recipe: Recipe) -> str | None:
+    """Where nothing trains the head, as in the first of two stages of distillation."""
+    if any(loss.kind in OF_LOGITS for loss in losses_of(recipe)):
+        return None
+    return f"no loss reaches the model's head, which stays as it is drawn; those that do: {', '.join(OF_LOGITS)}"
 
 
 def teachers_of(recipe: Recipe) -> list[tuple[str, Teacher]]:
