@@ -109,6 +109,12 @@ def test_a_run_brings_its_baseline_once(tmp_path: Path) -> None:
         assert found == {"a": "pretrained", "b": "from scratch"}
 
 
+def test_a_student_is_told_from_a_model_that_learnt_by_itself(tmp_path: Path) -> None:
+    taught = {"teacher": {"model_name_or_path": "none"}, "losses": [{"kind": "distillation"}]}
+    (row,) = rows(make_run(tmp_path, "student", **taught))
+    assert column(row)["weights"] == "pretrained, distilled"
+
+
 # ---------------------------------------------------------------- seeds
 
 

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fleetune import runs
-from fleetune.schema import Recipe, RecipeError
+from fleetune.schema import Recipe, RecipeError, teachers_of
 
 WIDTH = 100  # of a table; runs that find no room stand in a second one
 NAME_WIDTH = 10  # the least that a run's name is folded to
@@ -297,10 +297,16 @@ def _table(columns: list[dict[str, str]]) -> Table:
     return table
 
 
+def _origin(recipe: Recipe) -> str:
+    """Where its weights come from, and what it learns from beside the labels."""
+    drawn = "from scratch" if recipe.model.from_scratch else "pretrained"
+    return f"{drawn}, distilled" if teachers_of(recipe) else drawn
+
+
 def _cells(row: Row) -> dict[str, str]:
     """The row's column as text, by line."""
     first = row.members[0]
-    cells = {"run": row.name, "weights": "from scratch" if first.recipe.model.from_scratch else "pretrained"}
+    cells = {"run": row.name, "weights": _origin(first.recipe)}
     if first.info and first.report is None:
         last = runs.read_jsonl(runs.Run(first.path).attempts)[-1:] or [{}]
         cells["state"] = last[0].get("reason", "unfinished").partition("\n")[0]
@@ -361,7 +367,7 @@ def _json_row(row: Row) -> dict[str, Any]:
     return {
         "name": row.name,
         "n": len(row.members),
-        "weights": "from scratch" if row.members[0].recipe.model.from_scratch else "pretrained",
+        "weights": _origin(row.members[0].recipe),
         "is_finished": row.members[0].report is not None,
         "runs": [_json_run(member) for member in row.members],
         "figures": summary(row),
