@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fleetune import runs
 from fleetune.recipe import local_or_hub
 from fleetune.schema import DATA_SUFFIXES, Recipe, RecipeError, Source
+from fleetune.train.report import print_report
 
 if TYPE_CHECKING:
     from fleetune.train.data import Split
@@ -110,23 +109,12 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
 
 
 def main() -> int:
-    output = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data")
     parser.add_argument("--split")
     arguments = parser.parse_args()
-    from fleetune.train.data import DataError
-
-    try:
-        report = evaluate_folder(arguments.folder, arguments.data, arguments.split)
-    except (RecipeError, DataError) as error:
-        print(f"fleetune: error: {error}", file=sys.stderr)
-        return runs.WRONG
-    json.dump(report, output)
-    output.flush()
-    return runs.DONE
+    return print_report(lambda: evaluate_folder(arguments.folder, arguments.data, arguments.split))
 
 
 if __name__ == "__main__":

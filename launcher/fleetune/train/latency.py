@@ -7,7 +7,6 @@ them all. Each is given rows of its own test or validation data, those nearest t
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -21,11 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fleetune import runs
 from fleetune.schema import Recipe, RecipeError
 from fleetune.train.batches import collate
 from fleetune.train.data import DataError, Split, prepare
 from fleetune.train.evaluate_folder import recipe_and_model
+from fleetune.train.report import print_report
 
 BATCH_SIZES = (1, 32)
 ROUNDS = 10  # in each, every model has a turn
@@ -171,22 +170,13 @@ def cpu_name() -> str:
 
 
 def main() -> int:
-    output = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # the report alone goes to stdout
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_float32_matmul_precision("highest")  # no TF32: fp32 is what is said
-    try:
-        report = measure(arguments.folders)
-    except RecipeError as error:
-        print(f"fleetune: error: {error}", file=sys.stderr)
-        return runs.WRONG
-    json.dump(report, output)
-    output.flush()
-    return runs.DONE
+    return print_report(lambda: measure(arguments.folders))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from fleetune import runs
 from fleetune.losses import CrossEntropy
 from fleetune.recipe import parse_recipe
 from fleetune.schema import Recipe, RecipeError, teachers_of
+from fleetune.train.report import print_report
 
 if TYPE_CHECKING:
     from fleetune.train.data import Prepared
@@ -158,20 +158,8 @@ def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
 
 
 def main() -> int:
-    output = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # the report alone goes to stdout
-    from fleetune.train.data import DataError
-    from fleetune.train.model import ModelError
-
     file = Path(sys.argv[1])
-    try:
-        report = prepare_recipe(parse_recipe(file.read_text(encoding="utf-8"), str(file)))
-    except (RecipeError, DataError, ModelError) as error:
-        print(f"fleetune: error: {error}", file=sys.stderr)
-        return runs.WRONG
-    json.dump(report, output)
-    output.flush()
-    return runs.DONE
+    return print_report(lambda: prepare_recipe(parse_recipe(file.read_text(encoding="utf-8"), str(file))))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -31,9 +30,10 @@ from fleetune.schema import Recipe, RecipeError, Teacher, TeacherDeepSpeed, teac
 from fleetune.train.alignment import Outputs
 from fleetune.train.batches import MicroBatch, collate
 from fleetune.train.cache import tokenizer_hash
-from fleetune.train.data import DataError, Split, prepare
+from fleetune.train.data import Split, prepare
 from fleetune.train.distributed import World
-from fleetune.train.model import ModelError, load_tokenizer
+from fleetune.train.model import load_tokenizer
+from fleetune.train.report import print_report
 from fleetune.train.sources import Ints
 
 FORMAT = 1
@@ -215,21 +215,12 @@ def _hash(model: torch.nn.Module) -> str:
 
 
 def main() -> int:
-    output = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # the report alone goes to stdout
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
-    try:
-        recipe = parse_recipe(arguments.recipe.read_text(encoding="utf-8"), str(arguments.recipe))
-        report = teach(recipe, arguments.folder)
-    except (RecipeError, DataError, ModelError) as error:
-        print(f"fleetune: error: {error}", file=sys.stderr)
-        return runs.WRONG
-    json.dump(report, output)
-    output.flush()
-    return runs.DONE
+    file: Path = arguments.recipe
+    return print_report(lambda: teach(parse_recipe(file.read_text(encoding="utf-8"), str(file)), arguments.folder))
 
 
 if __name__ == "__main__":
