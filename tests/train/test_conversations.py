@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from fleetune.train.conversations import (
     columns_of,
     cut,
     find_format,
+    learns_to_stop,
     show,
 )
 from fleetune.train.formats import ALPACA, ALPACA_INPUT
@@ -235,6 +235,19 @@ def test_any_content_is_learnt_with_the_end_of_its_turn(family: str, contents: l
         assert text.removesuffix(end).strip().removeprefix("<think>\n\n</think>").strip() == content.strip()
 
 
+def test_an_eos_at_the_end_of_the_conversation_is_no_part_of_earlier_turns() -> None:
+    """Phi-3's form: where the conversation goes on, a header stands in the place of the EOS, and both begin with <."""
+    for end, after in (("<end>", "\n"), ("<|im_end|>", "")):  # a token that ends the turn is the last of it
+        template = (
+            "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + 'END\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<assistant>' }}{% else %}{{ eos_token }}{% endif %}"
+        ).replace("END", end)
+        assert learnt(byte_level("qwen2.5"), TALK, chat_template=template) == [
+            f"hi there{end}{after}",
+            f"fine{end}\n<|im_end|>",
+        ]
+
+
 # ---------------------------------------------------------------- reasoning, tools, weights
 
 
@@ -420,10 +433,10 @@ def test_chats_need_a_template(format: Any) -> None:
 
 def test_without_a_generation_prompt_the_header_is_the_models_to_say() -> None:
     template = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
-    assert runs(plain(), chat("hello", "fine"), chat_template=template) == [
-        ("user: hello\n", False),
-        ("assistant: fine\n", True),
-    ]
+    encoded = Encoder(plain(), "messages", chat_template=template).encode(chat("hello", "fine"))
+    assert show(encoded, plain()) == [("user: hello\n", False), ("assistant: fine\n", True)]
+    assert not learns_to_stop(encoded, plain())
+    assert learns_to_stop(Encoder(byte_level("gemma"), "messages").encode(TALK), byte_level("gemma"))
 
 
 def test_a_token_that_begins_in_the_header_is_not_learnt() -> None:
@@ -490,10 +503,11 @@ def test_alpacas_own_words_without_a_template() -> None:
         (f"{ALPACA_INPUT}\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 1\n\n### Response:\n", False),
         ("2</s>", True),
     ]
-    assert runs(plain(), row | {"input": ""}, "alpaca")[0] == (
-        f"{ALPACA}\n\n### Instruction:\nAdd.\n\n### Response:\n",
-        False,
-    )
+    for empty in ("", None, float("nan")):
+        assert runs(plain(), row | {"input": empty}, "alpaca")[0] == (
+            f"{ALPACA}\n\n### Instruction:\nAdd.\n\n### Response:\n",
+            False,
+        )
     assert runs(plain(), row | {"system": "Be brief.", "history": [["Hi", "Hello"]], "input": None}, "alpaca") == [
         ("Be brief.\n\n### Instruction:\nHi\n\n### Response:\n", False),
         ("Hello</s>", True),
@@ -689,12 +703,11 @@ def rows_of(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     "file", ["instruct/alpaca_en_demo.json", "instruct/dolly_hhrlhf_train_small.jsonl", "gsm8k/test.jsonl"]
 )
 def test_real_rows(shared_data: Path, file: str, family: str | None) -> None:
-    rows = rows_of(shared_data / file, 300)
+    rows = rows_of(shared_data / file, 100)
     format = find_format(list(rows[0]), rows[:10])
     tokenizer = byte_level(family) if family else plain()
     encoder = Encoder(tokenizer, format)
     answers = FORMAT_COLUMNS[format]["output" if format == "alpaca" else "completion"].names
-    start = time.monotonic()
     for row in rows:
         try:
             shown = [text for text, is_learnt in show(encoder.encode(row), tokenizer) if is_learnt]
@@ -704,4 +717,3 @@ def test_real_rows(shared_data: Path, file: str, family: str | None) -> None:
         assert len(shown) == 1
         assert answer.strip() in shown[0]
         assert len(shown[0]) < len(answer) + 40
-    assert time.monotonic() - start < 20

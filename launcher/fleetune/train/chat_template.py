@@ -6,9 +6,10 @@ header leaves it to the model, and then it is learnt too. White space after the 
 
 How a turn is found. The conversation up to the turn, with the generation prompt, should be the beginning of the
 conversation up to and with the turn, and that of the whole: then the turn is what lies between (Llama 3, ChatML,
-Gemma). Where it isn't, because a template moves the system prompt to the last user's turn (Mistral) or drops what was
-reasoned before (Qwen3), the whole is rendered once more with a marker in place of the turn's content; what comes before
-and behind the marker must be there in the real text, and what lies between is the content.
+Gemma). Where it isn't, because a template moves the system prompt to the last user's turn (Mistral), drops what was
+reasoned before (Qwen3) or puts an EOS at the end of every conversation (Phi-3), the whole is rendered once more with a
+marker in place of the turn's content; what comes before and behind the marker must be there in the real text, and what
+lies between is the content.
 
 And how that is checked. For every sequence of roles the same is done to a conversation of markers alone: each turn
 must hold its own marker and nobody else's, behind all that was said before it and ahead of all that comes later, and
@@ -182,15 +183,26 @@ class ChatTemplate:
         if text[start:end].strip() != visible.strip():
             return None
         part_head, ending = part.split(marker)
-        if not text.startswith(ending, end):
-            ending = ending.rstrip()
-            if not text.startswith(ending, end):
-                return None
+        shared = self._shared(ending, text[end:])
+        if shared is None:
+            return None
         prompt = self._partial(messages[:i], tools, prompt=True)
         said_first = part_head[len(prompt) :] if prompt is not None and part_head.startswith(prompt) else ""
         if not head.endswith(said_first):
             said_first = ""
-        return start - len(said_first), end + len(ending)
+        return start - len(said_first), end + len(shared)
+
+    def _shared(self, ending: str, following: str) -> str | None:
+        """How a turn ends, without what a template adds at the end of everything (Phi-3's EOS).
+
+        That is what both begin with, up to its last special token or line's end where they then differ: two headers
+        may begin alike.
+        """
+        if following.startswith(ending):
+            return ending
+        alike = [a == b for a, b in zip(ending, following, strict=False)]
+        both = ending[: [*alike, False].index(False)]
+        return both[: max((both.rfind(t) + len(t) for t in (*self.special, "\n") if t in both), default=0)] or None
 
     # ------------------------------------------------------------ the check
 

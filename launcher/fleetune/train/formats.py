@@ -129,8 +129,9 @@ def _cell(row: dict[str, Any], format: Format, field: str) -> tuple[str, Any]:
     """The column that the row has for a field, and what stands there."""
     known = FORMAT_COLUMNS[format][field]
     for name in known.names:
-        if row.get(name) is not None:
-            return name, row[name]
+        value = row.get(name)
+        if value is not None and value == value:  # NaN is how some tables write an empty cell
+            return name, value
     if known.required:
         raise ValueError(f"data.format = {format!r}: has no {' or '.join(known.names)}")
     return known.names[0], None
@@ -349,7 +350,7 @@ def to_parts(row: dict[str, Any], format: Format, text_column: str = "text") -> 
         prompt = f"{system}\n\n{prompt}" if system.strip() else prompt
         return [Part(prompt, False), Part(_answer(row, format, "completion"), True)]
     assert format == "alpaca", format
-    instruction, given, answer = _text(row, format, "instruction"), _text(row, format, "input"), None
+    instruction, given = _text(row, format, "instruction"), _text(row, format, "input")
     answer = _answer(row, format, "output")
     preamble = _text(row, format, "system").strip() or (ALPACA_INPUT if given.strip() else ALPACA)
     parts: list[Part] = []
