@@ -76,3 +76,47 @@ def recipe_values(folder: Path, name: str, **sections: dict[str, Any]) -> dict[s
     for key, values in sections.items():
         base[key] = {**base.get(key, {}), **values} if isinstance(values, dict) else values
     return base
+
+
+def write_language_model(folder: Path, seed: int = 0, family: str = "llama", **config: Any) -> Path:
+    """A decoder of two layers with random weights, and a tokenizer of whole words with a BOS and an EOS."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    tokens = ["<unk>", "<s>", "</s>", *dict.fromkeys(WORDS.split()), "yes", "no"]
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=64
+    )
+    values = {
+        "vocab_size": len(tokens) + 5,  # rows that no token has
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+    }
+    torch.manual_seed(seed)
+    made = AutoConfig.for_model(family, **{**values, **config})
+    AutoModelForCausalLM.from_config(made).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_prompts(path: Path, count: int, seed: int = 0) -> Path:
+    """`{"prompt", "completion", "weight"}` rows of 2 to 20 words; the completion says whether the prompt is kind."""
+    rows = [json.loads(line) for line in write_rows(path, count, seed).read_text(encoding="utf-8").splitlines()]
+    answer = ("no", "yes very good")
+    lines = [
+        json.dumps({"prompt": row["text"], "completion": answer[row["label"]], "weight": row["weight"]}) for row in rows
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

@@ -111,7 +111,14 @@ def _show_data(recipe: Recipe, layout: Layout, report: dict[str, Any]) -> None:
     for step, touched in report["cleaning"].items():
         typer.echo(f"cleaning  {step}: " + ", ".join(f"{count} rows of {split}" for split, count in touched.items()))
     batch = cut_batch(recipe.training, layout.world_size)
-    for warning in (report.get("warning"), batch_warning(report["rows"]["train"], batch), head_warning(recipe)):
+    endless = report.get("endless", {}).get("train", 0)
+    warnings = (
+        report.get("warning"),
+        batch_warning(report["sequences"], batch),
+        head_warning(recipe),
+        f"{endless} rows of train end in nothing that the model learns to stop with" if endless else None,
+    )
+    for warning in warnings:
         if warning is not None:
             typer.echo(f"warning   {warning}")
 
@@ -163,6 +170,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc
     """Validate a recipe, show what it comes to, open its data. Nothing is started."""
     from fleetune.batch import cut_batch, steps_per_epoch, total_steps
     from fleetune.recipe import dump_recipe
+    from fleetune.report import print_example, split_lines
 
     loaded = load(recipe, overrides)
     layout = _plan(nodes, nproc_per_node)
@@ -170,21 +178,18 @@ def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc
     batch = cut_batch(loaded.training, layout.world_size)
     typer.echo(dump_recipe(loaded))
     typer.echo(f"batch     {batch}")
-    rows = report["rows"]["train"]
-    steps = total_steps(loaded.training, rows, batch)
-    typer.echo(f"steps     {steps}, {steps / steps_per_epoch(rows, batch):.2f} epoch(s) of {rows} rows")
+    sequences = report["sequences"]
+    steps = total_steps(loaded.training, sequences, batch)
+    unit = "packs" if loaded.data.packing else "rows"
+    typer.echo(f"steps     {steps}, {steps / steps_per_epoch(sequences, batch):.2f} epoch(s) of {sequences} {unit}")
     typer.echo(
         f"model     {report['parameters'] / 1e6:.1f}M parameters, {report['trainable_parameters'] / 1e6:.1f}M trainable"
     )
-    for split, count in report["rows"].items():
-        labels = ", ".join(
-            f"{name}: {n}" for name, n in zip(report["label_names"], report["labels"].get(split, ()), strict=False)
-        )
-        typer.echo(
-            f"{split:<11}{count} rows, {report['tokens'][split] / count:.1f} tokens each, "
-            f"{report['truncated'][split]} cut at {loaded.data.max_length}" + (f"; {labels}" if labels else "")
-        )
+    for line in split_lines(loaded, report):
+        typer.echo(line)
     _show_data(loaded, layout, report)
+    if "example" in report:
+        print_example(report["example"]["train"])
 
 
 app.command()(cluster_commands.doctor)

@@ -8,9 +8,9 @@ from typing import Any
 
 from fleetune.losses import OF_A_TEACHER, CrossEntropy
 from fleetune.schema import (
-    CLASSIFICATION_METRICS,
     DATA_SUFFIXES,
-    REGRESSION_METRICS,
+    METRICS,
+    Data,
     Recipe,
     Source,
     losses_of,
@@ -22,7 +22,7 @@ from fleetune.schema import (
 def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     """Each impossible combination as (key path, value, what would be right)."""
     classification = recipe.task == "classification"
-    if not classification and recipe.model.num_labels not in (None, 1):
+    if recipe.task == "regression" and recipe.model.num_labels not in (None, 1):
         yield "model.num_labels", recipe.model.num_labels, "regression has one output: 1, or leave it out"
     if classification and recipe.model.num_labels == 1:
         yield "model.num_labels", 1, "classification needs at least 2 classes; `task: regression` has one output"
@@ -31,8 +31,9 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         yield "model.label_names", names, "a name stands there twice"
     if names is not None and recipe.model.num_labels not in (None, len(names)):
         yield "model.label_names", names, f"should be {recipe.model.num_labels} names, as model.num_labels says"
+    yield from _language_combinations(recipe)
     yield from _loss_combinations(recipe)
-    legal = (CLASSIFICATION_METRICS if classification else REGRESSION_METRICS) + ("loss",)
+    legal = (*METRICS[recipe.task], "loss")
     for index, metric in enumerate(recipe.evaluation.metrics or ()):
         if metric not in legal:
             yield f"evaluation.metrics.{index}", metric, f"does not fit task: {recipe.task}; legal: {', '.join(legal)}"
@@ -63,16 +64,33 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     yield from _training_combinations(recipe)
 
 
+def _language_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    """Keys of a language model's data elsewhere, and of labelled data in its place."""
+    data, plain = recipe.data, Data(train=recipe.data.train)
+    of_language = ("format", "chat_template", "loss_on", "too_long", "packing")
+    of_labels = ("text_pair_column", "label_column", "augmentation")
+    for key in of_labels if recipe.task == "causal_lm" else of_language:
+        if getattr(data, key) != getattr(plain, key):
+            value = [a.kind for a in data.augmentation] if key == "augmentation" else getattr(data, key)
+            yield f"data.{key}", value, f"does not fit task: {recipe.task}; leave it out"
+    if recipe.task == "causal_lm":
+        for key in ("num_labels", "label_names"):
+            if getattr(recipe.model, key) is not None:
+                yield f"model.{key}", getattr(recipe.model, key), "a language model has no labels; leave it out"
+        for index, loss in enumerate(recipe.losses):
+            if isinstance(loss, CrossEntropy) and loss.class_weights is not None:
+                yield f"losses.{index}.class_weights", "...", "is for classification; leave it out"
+
+
 def _loss_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
-    classification = recipe.task == "classification"
-    wrong = "mse" if classification else "cross_entropy"
+    wrong, right = ("cross_entropy", "mse") if recipe.task == "regression" else ("mse", "cross_entropy")
     kinds = [loss.kind for loss in losses_of(recipe)]
     for index, loss in enumerate(recipe.losses):
         if loss.kind == wrong:
             yield (
                 f"losses.{index}.kind",
                 loss.kind,
-                f"does not fit task: {recipe.task}; " + ("use cross_entropy" if classification else "use mse"),
+                f"does not fit task: {recipe.task}; use {right}",
             )
         weights = loss.class_weights if isinstance(loss, CrossEntropy) else None
         if weights is not None and recipe.model.num_labels not in (None, len(weights)):
@@ -86,7 +104,7 @@ def _loss_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         if kinds.index(loss.kind) != index and loss.kind in ("cross_entropy", "mse", "distillation", "embedding"):
             yield f"losses.{index}.kind", loss.kind, "stands in the list twice; give one of them the weight"
     if all(kind.endswith("_penalty") for kind in kinds):
-        yield "losses", kinds, "penalties alone teach nothing: add " + ("cross_entropy" if classification else "mse")
+        yield "losses", kinds, f"penalties alone teach nothing: add {right}"
 
 
 def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
@@ -176,7 +194,8 @@ def _training_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             [a.kind for a in data.augmentation],
             "is for one text, not for a pair (data.text_pair_column)",
         )
-    columns = [c for c in (data.text_column, data.text_pair_column, data.label_column, data.weight_column) if c]
+    label_column = None if recipe.task == "causal_lm" else data.label_column
+    columns = [c for c in (data.text_column, data.text_pair_column, label_column, data.weight_column) if c]
     if len(set(columns)) != len(columns):
         yield "data.label_column", data.label_column, f"the columns should differ, these are {', '.join(columns)}"
     for name, source in _sources(recipe):

@@ -26,7 +26,7 @@ def _layer_map(value: Any) -> Any:
 
 class CrossEntropy(Section):
     kind: Literal["cross_entropy"]
-    """For classification: minus the logarithm of the right class's probability."""
+    """Minus the logarithm of the right class's probability, or of the next token's."""
     weight: float = 1.0
     """What this loss is multiplied by in the sum of all."""
     label_smoothing: Fraction = 0.0

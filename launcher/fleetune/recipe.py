@@ -106,6 +106,17 @@ def _localise(values: dict[str, Any], origin: str, folder: Path) -> None:
                 parent[last] = local_or_hub(expanded, folder, is_local=key[-1] in ("output_dir", "cache"))
             except RuntimeError:  # of expanduser
                 raise RecipeError(f"{where} = {shown(parent[last])}: there is no such user") from None
+    _inline_template(values.get("data"), origin, folder)
+
+
+def _inline_template(data: Any, origin: str, folder: Path) -> None:
+    """A chat template's file gives way to what stands in it, so that the stored recipe is whole."""
+    value = data.get("chat_template") if isinstance(data, dict) else None
+    if isinstance(value, str) and value.endswith(".jinja"):
+        try:
+            data["chat_template"] = (folder / Path(value).expanduser()).read_text(encoding="utf-8")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RecipeError(f"{origin}: data.chat_template = {shown(value)}: cannot be read: {error}") from None
 
 
 def _merge(base: Any, over: Any, origin: str, origins: dict[Path_, str], path: Path_ = ()) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +21,7 @@ from fleetune.schema import RecipeError
 if TYPE_CHECKING:
     from fleetune.cluster.doctor_slurm import Row
     from fleetune.cluster.slurm import Job
+    from fleetune.schema import Recipe
     from fleetune.verify import Finding
 
 
@@ -29,6 +31,39 @@ def findings(found: list[Finding]) -> Table:
     for finding in found:
         table.add_row(escape(finding.what), escape(finding.found), "yes" if finding.holds else "NO")
     return table
+
+
+def split_lines(recipe: Recipe, report: dict[str, Any]) -> Iterator[str]:
+    """What preparing found in each split."""
+    for split, count in report["rows"].items():
+        line = (
+            f"{split:<11}{count} rows, {report['tokens'][split] / count:.1f} tokens each, "
+            f"{report['truncated'][split]} cut at {recipe.data.max_length}"
+        )
+        if recipe.task == "causal_lm":
+            share = report["supervised"][split] / report["tokens"][split]
+            line += (
+                f"; {report['format'][split]}: {share:.0%} of the tokens are learnt; left out: "
+                f"{report['empty'][split]} rows with nothing to learn, {report['too_long'][split]} too long"
+            )
+        elif report["label_names"]:
+            labels = zip(report["label_names"], report["labels"][split], strict=True)
+            line += "; " + ", ".join(f"{name}: {n}" for name, n in labels)
+        yield line
+    if recipe.task == "causal_lm":
+        counts, width = report["lengths"]["train"], recipe.data.max_length
+        bounds = [round(width * i / len(counts)) for i in range(len(counts) + 1)]
+        bins = zip(bounds[:-1], bounds[1:], counts, strict=True)
+        yield "lengths    " + ", ".join(f"{low}-{high}: {count}" for low, high, count in bins if count)
+
+
+def print_example(runs: list[list[Any]]) -> None:
+    """One row as the model reads it: what it learns is coloured, or stands between » and « where there is no colour."""
+    console = Console(highlight=False)
+    text = Text("example    ")
+    for part, learnt in runs:
+        text.append(f"»{part}«" if learnt and not console.is_terminal else part, style="green" if learnt else "dim")
+    console.print(text, soft_wrap=True)
 
 
 def examined(rows: list[Row]) -> Table:

@@ -128,6 +128,16 @@ class Data(Section):
     """A column of per-example weights; each loss is divided by their sum."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Splits validation off the training data, by seed, where there is no validation split."""
+    format: Literal["text", "prompt_completion", "alpaca", "sharegpt", "messages"] | None = None
+    """For causal_lm, what a row holds; told by the columns' names when absent."""
+    chat_template: str | None = None
+    """For causal_lm: how messages become one text, in Jinja, or a .jinja file; the tokenizer's own when absent."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """For causal_lm: which tokens are learnt, those of the answers or every one. Plain text is learnt whole."""
+    too_long: Literal["cut_right", "cut_left", "drop"] = "cut_right"
+    """For causal_lm, with rows longer than max_length; both ways are counted."""
+    packing: bool = False
+    """For causal_lm: several rows in one sequence of max_length, none of which sees another."""
     max_length: Annotated[int, Field(ge=2)] = 128
     """Tokens; what is longer is cut, and counted."""
     cleaning: list[Cleaning] = []
@@ -188,12 +198,13 @@ class DeepSpeed(Section):
     """Where idle parameter shards live; ZeRO-3."""
 
 
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss"]
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "mse", "perplexity", "loss"]
 
 
 class Evaluation(Section):
     metrics: list[Metric] | None = None
-    """The loss is always among them; accuracy, f1 and matthews, or pearson, spearman and mse, when absent."""
+    """The loss is always among them; when absent all of the task's: accuracy, f1 and matthews, or pearson, spearman and
+    mse, or perplexity."""
     eval_steps: Positive | None = None
     """Optimizer steps between evaluations; once an epoch, and at the end, when absent."""
     per_device_eval_batch_size: Positive = 64
@@ -279,8 +290,8 @@ class Teacher(Section):
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     """The run's folder is output_dir/name."""
-    task: Literal["classification", "regression"]
-    """What is learnt: one of several classes, or a number."""
+    task: Literal["classification", "regression", "causal_lm"]
+    """What is learnt: one of several classes, a number, or which token comes next."""
     output_dir: str = "runs"
     """The folder of all runs; `runs` in the working folder when absent."""
     model: Model
@@ -288,7 +299,7 @@ class Recipe(Section):
     data: Data
     """Which rows, and how they become tokens."""
     losses: list[Loss] = []
-    """What is minimised: the sum of these. The task's own loss, cross_entropy or mse, when absent."""
+    """What is minimised: the sum of these. The task's own loss, mse for regression or cross_entropy, when absent."""
     teacher: Teacher | None = None
     """The model that the losses distillation, hidden_states, embedding and attention learn from."""
     teachers: list[Teacher] = []
@@ -310,9 +321,12 @@ class Recipe(Section):
 
 
 DATA_SUFFIXES = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
-CLASSIFICATION_METRICS: tuple[Metric, ...] = ("accuracy", "f1", "matthews")
-REGRESSION_METRICS: tuple[Metric, ...] = ("pearson", "spearman", "mse")
-LOWER_IS_BETTER = ("loss", "mse")
+METRICS: dict[str, tuple[Metric, ...]] = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman", "mse"),
+    "causal_lm": ("perplexity",),
+}
+LOWER_IS_BETTER = ("loss", "mse", "perplexity")
 FAILURES_PER_NODE_DAY = 0.0065  # of a research cluster of 16,000 GPUs, 8 a node (arXiv 2410.21680)
 
 
@@ -323,7 +337,7 @@ def losses_of(recipe: Recipe) -> list[Any]:
     """The recipe's losses, or the task's own where it names none."""
     if recipe.losses:
         return list(recipe.losses)
-    return [CrossEntropy(kind="cross_entropy") if recipe.task == "classification" else MeanSquaredError(kind="mse")]
+    return [MeanSquaredError(kind="mse") if recipe.task == "regression" else CrossEntropy(kind="cross_entropy")]
 
 
 def head_warning(recipe: Recipe) -> str | None:
@@ -340,8 +354,7 @@ def teachers_of(recipe: Recipe) -> list[tuple[str, Teacher]]:
 
 
 def metrics_of(recipe: Recipe) -> tuple[Metric, ...]:
-    default = CLASSIFICATION_METRICS if recipe.task == "classification" else REGRESSION_METRICS
-    return tuple(recipe.evaluation.metrics) if recipe.evaluation.metrics else default
+    return tuple(recipe.evaluation.metrics) if recipe.evaluation.metrics else METRICS[recipe.task]
 
 
 def best_metric_of(recipe: Recipe) -> Metric:

@@ -135,9 +135,11 @@ def test_only_what_the_losses_need_is_kept() -> None:
     assert asked_by(recipe({"kind": "embedding"})) == Asked(hidden_states=True)
     assert asked_by(recipe({"kind": "attention"})) == Asked(values=True)
     model = BertForSequenceClassification(bert(3, attention="eager")).eval()
-    few = run(model, model, inputs(), Asked())
+    few = run(model, model, inputs(), Asked(), lambda outputs: outputs)
     assert (few.hidden_states, few.attentions, few.values, few.projected) == ((), (), (), {})
-    all_of_it = run(model, model, inputs(), Asked(hidden_states=True, attentions=True, values=True))
+    all_of_it = run(
+        model, model, inputs(), Asked(hidden_states=True, attentions=True, values=True), lambda outputs: outputs
+    )
     assert [state.shape for state in all_of_it.hidden_states] == [(2, 5, 32)] * 4
     assert [each.shape for each in all_of_it.attentions] == [(2, 4, 5, 5)] * 3
     assert [each.shape for each in all_of_it.values] == [(2, 5, 32)] * 3
@@ -152,10 +154,10 @@ def test_a_projection_is_a_parameter_of_the_student_and_runs_within_its_forward_
     student = bert(3)
     found = matches(loss, student, bert(6, 48))
     model = BertForSequenceClassification(student).eval()
-    before = run(model, model, inputs(), Asked(hidden_states=True))
+    before = run(model, model, inputs(), Asked(hidden_states=True), lambda outputs: outputs)
     add_projections(model, found, recipe(loss))
     weight = dict(model.named_parameters())["projections.losses_0_teacher_0_1_5.weight"]
-    after = run(model, model, inputs(), Asked(hidden_states=True))
+    after = run(model, model, inputs(), Asked(hidden_states=True), lambda outputs: outputs)
     (projected,) = after.projected.values()
     torch.testing.assert_close(projected, before.hidden_states[2] @ weight.T)
     torch.testing.assert_close(after.logits, before.logits)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from sklearn import metrics as sklearn_metrics
 from torch.nn import functional
 
 from fleetune.schema import Recipe
+from fleetune.train.alignment import Asked, Outputs, run
 from fleetune.train.data import Split
 from fleetune.train.distributed import World
 from fleetune.train.evaluate import compute_metrics, evaluate, predict
@@ -146,9 +149,9 @@ def make_split(lengths: list[int]) -> Split:
 LENGTHS = [3, 9, 1, 4, 4, 2, 7]
 
 
-def first_token_and_length(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def first_token_and_length(inputs: dict[str, torch.Tensor], compute: Callable[[Outputs], torch.Tensor]) -> torch.Tensor:
     assert not torch.is_grad_enabled()
-    return torch.stack([inputs["input_ids"][:, 0], inputs["attention_mask"].sum(1)], dim=1).bfloat16()
+    return compute(Outputs(torch.stack([inputs["input_ids"][:, 0], inputs["attention_mask"].sum(1)], dim=1).bfloat16()))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 64])
@@ -199,10 +202,13 @@ def test_a_real_model_predicts_in_batches_what_it_predicts_row_by_row() -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     model = BertForSequenceClassification(BertConfig(vocab_size=20, **sizes)).double().eval()
     split = make_split(LENGTHS)
-    found = predict(lambda inputs: model(**inputs).logits, split, 3, 0, WORLD)
+    forward: Any = functools.partial(run, model, model, asked=Asked())
+    found = predict(lambda inputs, compute: forward(inputs=inputs, compute=compute), split, 3, 0, WORLD)
     with torch.no_grad():
         for i, length in enumerate(LENGTHS):
             alone = model(torch.full((1, length), i + 1)).logits[0]
             np.testing.assert_allclose(found[i], alone.numpy(), atol=1e-6)
-    metrics = evaluate(lambda inputs: model(**inputs).logits, split, recipe(batch_size=2), 0, WORLD)
+    metrics = evaluate(
+        lambda inputs, compute: forward(inputs=inputs, compute=compute), split, recipe(batch_size=2), 0, WORLD
+    )
     assert metrics == pytest.approx(compute_metrics(recipe(), found, split.labels), abs=1e-6)

@@ -14,8 +14,10 @@ from safetensors import safe_open
 from tiny import recipe_values
 
 from fleetune.schema import RecipeError
+from fleetune.train.batches import compose_epoch
 from fleetune.train.distributed import World
-from fleetune.train.gradient import Gradient, batch_gradient, batch_rows, save_gradient
+from fleetune.train.gradient import Gradient, batch_gradient, batch_of, save_gradient
+from fleetune.train.setup import Epoch
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 
@@ -35,17 +37,18 @@ def test_a_precision_that_would_not_hold_is_refused(tmp_path: Path, sections: di
         batch_gradient(run, WORLD, float64=True)
 
 
+EPOCH = Epoch(compose_epoch(np.arange(10), 4, seed=0, epoch=0), None, None)
+
+
 @pytest.mark.parametrize(("batch", "rows"), [(0, 4), (2, 2), (-1, 2), (-3, 4)])
-def test_a_batch_is_counted_from_the_first_or_the_last(tmp_path: Path, batch: int, rows: int) -> None:
-    recipe = make_run(recipe_values(tmp_path, "run"), 1).recipe()
-    assert len(batch_rows(np.arange(10), 4, recipe, batch)) == rows
+def test_a_batch_is_counted_from_the_first_or_the_last(batch: int, rows: int) -> None:
+    assert len(batch_of(EPOCH, batch)) == rows
 
 
 @pytest.mark.parametrize("batch", [3, -4])
-def test_a_batch_that_is_not_there_is_an_error(tmp_path: Path, batch: int) -> None:
-    recipe = make_run(recipe_values(tmp_path, "run"), 1).recipe()
+def test_a_batch_that_is_not_there_is_an_error(batch: int) -> None:
     with pytest.raises(RecipeError, match=f"--batch {batch}: the epoch has 3 batches"):
-        batch_rows(np.arange(10), 4, recipe, batch)
+        batch_of(EPOCH, batch)
 
 
 def test_a_file_holds_tensors_losses_and_rows(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def run_recipe(
     """
     if stop:
         raise StoppedEarly
-    steps = total_steps(recipe.training, report["rows"]["train"], cut_batch(recipe.training, layout.world_size))
+    steps = total_steps(recipe.training, report["sequences"], cut_batch(recipe.training, layout.world_size))
     run = runs.open_run(recipe, layout.stored(), fresh, report["content"] + report["teachers"], steps)
     if runs.is_finished(run, steps):
         return Outcome(run, runs.DONE, "finished before", was_finished=True)

@@ -116,7 +116,7 @@ def _lead(run: runs.Run, task: Task, notes: Path) -> Any:
     report = local.prepare(asked)
     recipe = local.in_this_machines_precision(asked, report)
     batch = cut_batch(recipe.training, task.world_size)
-    steps = total_steps(recipe.training, report["rows"]["train"], batch)
+    steps = total_steps(recipe.training, report["sequences"], batch)
     if recipe is not asked:
         runs.write_json(run.path / "run.json", run.info() | {"fp32_for_bf16": True})
         runs.write_text(run.recipe_file, dump_recipe(recipe))

@@ -9,15 +9,17 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from fleetune.losses import Attention, Embedding, HiddenStates
 from fleetune.schema import Recipe, losses_of
+from fleetune.train.head import Head, has_fused_head
 from fleetune.train.surgery import FAMILIES, value_projections
 
+T = TypeVar("T")
 PROJECTIONS = "projections"  # of the student's module, by Match.name
 EMBEDDING = -1  # as a layer's number
 
@@ -26,11 +28,12 @@ EMBEDDING = -1  # as a layer's number
 class Outputs:
     """Of one forward pass; all but the logits only where they are asked for."""
 
-    logits: torch.Tensor  # (B, C)
+    logits: torch.Tensor | None  # (B, C), of language models (B, L, V); None where `head` stands for them
     hidden_states: tuple[torch.Tensor, ...] = ()  # the embedding's, then each layer's (B, L, D)
     attentions: tuple[torch.Tensor, ...] = ()  # each layer's (B, H, L, L)
     values: tuple[torch.Tensor, ...] = ()  # each layer's (B, L, D_v), before they are cut into heads
     projected: dict[str, torch.Tensor] = field(default_factory=dict)  # (B, L, D of the teacher), by Match.name
+    head: Head | None = None  # of language models
 
 
 @dataclass(frozen=True)
@@ -171,31 +174,56 @@ def add_projections(model: nn.Module, matches: list[Match], recipe: Recipe) -> N
     model.add_module(PROJECTIONS, nn.ModuleDict(made))
     plain = model.forward
 
-    def forward(self: nn.Module, *inputs: Any, **keywords: Any) -> Any:
-        outputs = plain(*inputs, **keywords)
-        if keywords.get("output_hidden_states"):
-            outputs["projected"] = {
-                match.name: made[match.name](outputs.hidden_states[match.student_layer + 1]) for match in wanted
-            }
+    def projected(outputs: Any) -> Any:
+        outputs["projected"] = {
+            match.name: made[match.name](outputs.hidden_states[match.student_layer + 1]) for match in wanted
+        }
         return outputs
+
+    def forward(self: nn.Module, *inputs: Any, compute: Callable[..., Any] | None = None, **keywords: Any) -> Any:
+        if not keywords.get("output_hidden_states"):
+            return plain(*inputs, **keywords, **({} if compute is None else {"compute": compute}))
+        if compute is not None:  # of a fused head
+            return plain(*inputs, **keywords, compute=lambda head, outputs: compute(head, projected(outputs)))
+        return projected(plain(*inputs, **keywords))
 
     model.forward = types.MethodType(forward, model)
 
 
-def run(forward: Callable[..., Any], module: nn.Module, inputs: dict[str, torch.Tensor], asked: Asked) -> Outputs:
-    """One forward pass by the module's engine, or by itself, with all that is asked for."""
+def run(
+    forward: Callable[..., Any],
+    module: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    asked: Asked,
+    compute: Callable[[Outputs], T],
+) -> T:
+    """What `compute` makes of one forward pass by the module's engine, or by itself, with all that is asked for.
+
+    Of a language model with a fused head it runs within the pass, where its head's weight is whole.
+    """
     values: list[torch.Tensor] = []
     layers: Iterator[nn.Module] | tuple[()] = iter(value_projections(module)) if asked.values else ()
     hooks = [layer.register_forward_hook(lambda _module, _inputs, output: values.append(output)) for layer in layers]
+
+    def found(outputs: Any, logits: torch.Tensor | None, head: Head | None) -> Outputs:
+        return Outputs(
+            logits,
+            tuple(outputs.hidden_states) if asked.hidden_states else (),
+            tuple(outputs.attentions) if asked.attentions else (),
+            tuple(values),
+            outputs.get("projected") or {},
+            head,
+        )
+
+    keywords = asked.keywords()
+    if getattr(module, "can_generate", bool)():
+        keywords["use_cache"] = False  # where there is a cache, Transformers does not look for packs
     try:
-        outputs = forward(**inputs, **asked.keywords())
+        if has_fused_head(module):
+            result: T = forward(**inputs, **keywords, compute=lambda head, outputs: compute(found(outputs, None, head)))
+            return result
+        outputs = forward(**inputs, **keywords)
+        return compute(found(outputs, outputs.logits, None))
     finally:
         for hook in hooks:
             hook.remove()
-    return Outputs(
-        outputs.logits,
-        tuple(outputs.hidden_states) if asked.hidden_states else (),
-        tuple(outputs.attentions) if asked.attentions else (),
-        tuple(values),
-        outputs.get("projected") or {},
-    )

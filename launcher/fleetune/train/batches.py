@@ -17,6 +17,7 @@ from fleetune.schema import Augmentation
 from fleetune.train.data import Split, encode
 from fleetune.train.sources import Ints
 
+IGNORED = -100  # a label that is none
 POOL = 100  # global batches sorted together by length: enough that hardly any padding is left, few enough to stay mixed
 
 
@@ -54,12 +55,13 @@ def cut_window(rows: Ints, batch: Batch, rank: int) -> list[Ints]:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    inputs: dict[str, torch.Tensor]  # input_ids, attention_mask (B, L); token_type_ids (B, L) for pairs
-    labels: torch.Tensor  # (B,)
-    weights: torch.Tensor  # (B,) the examples' weights; 0 for a filler row
-    rows: Ints  # (B,) the rows' numbers in their source
+    inputs: dict[str, torch.Tensor]  # input_ids, attention_mask (B, L); token_type_ids for pairs; position_ids of packs
+    labels: torch.Tensor  # (B,); of language models (B, L): the next token, or -100 where none is learnt
+    weights: torch.Tensor  # (B,) the examples' weights; 0 for a filler row; of language models (B, L): their tokens'
+    rows: Ints  # (examples,) the rows' numbers in their source
     tokens: int  # without padding
     examples: int  # without filler rows
+    supervised: torch.Tensor | None = None  # (R,) where `labels`, flattened, has a token to learn
 
     def to(self, device: torch.device) -> MicroBatch:
         def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,6 +74,7 @@ class MicroBatch:
             self.rows,
             self.tokens,
             self.examples,
+            None if self.supervised is None else move(self.supervised),
         )
 
 
@@ -79,6 +82,9 @@ def collate(
     split: Split, rows: Ints, pad_token_id: int, pad_to_multiple_of: int = 1, augment: Augmenter | None = None
 ) -> MicroBatch:
     """Pads to the longest row. No rows at all give one filler row of weight 0: every rank must run every collective."""
+    if split.supervised is not None:
+        return collate_tokens(split, [rows[i : i + 1] for i in range(len(rows))], pad_token_id, pad_to_multiple_of)
+    assert split.labels is not None
     filler = len(rows) == 0
     chosen = np.zeros(1, dtype=np.int64) if filler else rows
     if augment is not None:
@@ -107,6 +113,49 @@ def collate(
         np.array(split.index[chosen]),
         0 if filler else int(lengths.sum()),
         0 if filler else len(chosen),
+    )
+
+
+def collate_tokens(
+    split: Split, packs: list[Ints], pad_token_id: int, pad_to_multiple_of: int = 1, packed: bool = False
+) -> MicroBatch:
+    """Of a language model: the rows of each pack one after the other, as one sequence; a filler as `collate` makes it.
+
+    With `packed` there is no attention mask: positions that begin again at 0 part the examples of a sequence, as
+    Transformers' varlen attention, FlexAttention and block masks read them, and the padding is one example more.
+    """
+    filler = not packs
+    packs = packs or [np.zeros(1, dtype=np.int64)]
+    lengths = np.fromiter((split.lengths[rows].sum() for rows in packs), dtype=np.int64, count=len(packs))
+    width = -(-int(lengths.max()) // pad_to_multiple_of) * pad_to_multiple_of
+    input_ids = np.full((len(packs), width), pad_token_id, dtype=np.int64)
+    labels = np.full_like(input_ids, IGNORED)
+    weights = np.zeros(input_ids.shape, dtype=np.float32)
+    positions = np.zeros_like(input_ids)
+    for b, rows in enumerate(packs):
+        start = 0
+        for row in rows:
+            span = slice(split.offsets[row], split.offsets[row + 1])
+            ids, supervised = split.input_ids[span], split.supervised[span]  # type: ignore[index]
+            stop = start + len(ids)
+            input_ids[b, start:stop] = ids
+            labels[b, start : stop - 1] = np.where(supervised[1:], ids[1:], IGNORED)
+            weights[b, start:stop] = 1.0 if split.weights is None else split.weights[row]
+            positions[b, start:stop] = np.arange(len(ids))
+            start = stop
+        positions[b, start:] = np.arange(width - start)
+    if filler:
+        labels[:], weights[:] = IGNORED, 0.0
+    places = {"position_ids": positions} if packed else {"attention_mask": np.arange(width) < lengths[:, None]}
+    inputs = {name: torch.from_numpy(array.astype(np.int64)) for name, array in places.items()}
+    return MicroBatch(
+        {"input_ids": torch.from_numpy(input_ids), **inputs},
+        torch.from_numpy(labels),
+        torch.from_numpy(weights),
+        np.array(split.index[np.concatenate(packs)]),
+        0 if filler else int(lengths.sum()),
+        0 if filler else sum(map(len, packs)),
+        torch.from_numpy(np.flatnonzero(labels != IGNORED)),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from fleetune.schema import Recipe, Source
 from fleetune.train.sources import DataError, load_hub
 
-CACHE_FORMAT = 3  # raise it when the arrays or the cleaning change
+CACHE_FORMAT = 4  # raise it when the arrays or the cleaning change
 SPLITS = ("train", "validation", "test")
 
 
@@ -57,6 +57,7 @@ def cache_key(recipe: Recipe, tokenizer: Any) -> str:
         recipe.training.seed if recipe.data.validation_fraction else None,
         sorted(tokenizer.model_input_names),
         tokenizer_hash(tokenizer),
+        tokenizer.chat_template if recipe.task == "causal_lm" else None,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fleetune.schema import Recipe, RecipeError, Source
+from fleetune.train import language
 from fleetune.train.cache import SPLITS, cache_folder, cache_key, file_hash, locked
 from fleetune.train.cleaning import Rows, clean
 from fleetune.train.sources import DataError, Ints, Table, no_column, open_source
@@ -182,13 +183,14 @@ class Split:
     input_ids: npt.NDArray[np.int32]  # (total tokens,)
     offsets: Ints  # (rows + 1,)
     token_type_ids: npt.NDArray[np.uint8] | None  # (total tokens,) of pairs, where the model has them
-    labels: npt.NDArray[Any]  # (rows,) int64 classes or float32 values
+    labels: npt.NDArray[Any] | None  # (rows,) int64 classes or float32 values; None for language models
     weights: npt.NDArray[np.float32] | None  # (rows,)
     index: Ints  # (rows,) the row's number in its source
     texts: Any | None  # training text as an Arrow column, only where it is augmented
+    supervised: npt.NDArray[np.uint8] | None = None  # (total tokens,) of language models: which are learnt
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.index)
 
     @property
     def lengths(self) -> Ints:
@@ -231,23 +233,25 @@ def load_prepared(folder: Path) -> Prepared:
             arrays["input_ids"],
             arrays["offsets"],
             arrays.get("token_type_ids"),
-            arrays["labels"],
+            arrays.get("labels"),
             arrays.get("weights"),
             arrays["index"],
             texts,
+            arrays.get("supervised"),
         )
     return Prepared(splits, report["label_names"], report)
 
 
 def _build(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
     data = recipe.data
-    splits = {name: _read_rows(recipe, source, name) for name in SPLITS if (source := getattr(data, name)) is not None}
+    read = language.read_rows if recipe.task == "causal_lm" else _read_rows
+    splits = {name: read(recipe, source, name) for name in SPLITS if (source := getattr(data, name)) is not None}
     if data.validation_fraction is not None:
         splits = _split_off(splits["train"], data.validation_fraction, recipe.training.seed) | {
             name: rows for name, rows in splits.items() if name != "train"
         }
     cleaning = clean(splits, list(data.cleaning))
-    names = [] if recipe.task == "regression" else _label_names(recipe, splits["train"])
+    names = _label_names(recipe, splits["train"]) if recipe.task == "classification" else []
     report: dict[str, Any] = {
         "rows": {},
         "label_names": names,
@@ -258,6 +262,10 @@ def _build(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
     }
     for name, rows in splits.items():
         (folder / name).mkdir()
+        if recipe.task == "causal_lm":
+            for key, value in language.tokenise(recipe, tokenizer, name, rows, folder / name).items():
+                report.setdefault(key, {})[name] = value
+            continue
         labels = _to_numbers(rows, name, recipe, names)
         np.save(folder / name / "labels.npy", labels)
         np.save(folder / name / "index.npy", rows.index)
@@ -275,6 +283,10 @@ def _build(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
     if names and min(report["labels"]["train"]) == 0:
         missing = [name for name, count in zip(names, report["labels"]["train"], strict=True) if count == 0]
         report["warning"] = f"no training row has the label {', '.join(missing[:10])}"
+    report["sequences"] = report["rows"]["train"]
+    if data.packing:
+        offsets = np.load(folder / "train" / "offsets.npy")
+        report["sequences"] = language.packs(np.diff(offsets), data.max_length)
     report["content"] = _content(folder)
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,16 @@ import torch
 
 from fleetune.schema import Recipe, metrics_of
 from fleetune.train import signals
-from fleetune.train.batches import collate, evaluation_batches
+from fleetune.train.alignment import Outputs
+from fleetune.train.batches import MicroBatch, collate, evaluation_batches
 from fleetune.train.data import Split
-from fleetune.train.distributed import World, any_rank, gather_objects
+from fleetune.train.distributed import World, any_rank, gather_objects, sum_over_ranks
+from fleetune.train.objectives import negative_log_likelihood
+from fleetune.train.sources import Ints
 
 Floats = npt.NDArray[np.float64]
-Forward = Callable[[dict[str, torch.Tensor]], torch.Tensor]  # inputs -> logits (B, C)
+# inputs, and what is to be made of the model's outputs, which is what comes back
+Forward = Callable[[dict[str, torch.Tensor], Callable[[Outputs], torch.Tensor]], torch.Tensor]
 
 
 def predict(forward: Forward, split: Split, batch_size: int, pad_token_id: int, world: World) -> Floats:
@@ -26,15 +32,10 @@ def predict(forward: Forward, split: Split, batch_size: int, pad_token_id: int, 
         Stopped: on every rank, when one of them is asked to stop.
     """
     pieces: list[tuple[Any, npt.NDArray[np.float32]]] = []
-    with torch.no_grad():
-        for rows in evaluation_batches(split.lengths, batch_size, world.world_size, world.rank):
-            signals.beat("evaluation")
-            if any_rank([signals.stop_requested()], world)[0]:
-                raise signals.Stopped
-            logits = forward(collate(split, rows, pad_token_id).to(world.device).inputs)
-            if len(rows):  # a filler batch only keeps the collectives in step
-                pieces.append((rows, logits.float().cpu().numpy()))
-    signals.beat("evaluation")
+    for rows, batch in _batches(split, batch_size, pad_token_id, world):
+        logits = forward(batch.inputs, _logits)
+        if len(rows):  # a filler batch only keeps the collectives in step
+            pieces.append((rows, logits.float().cpu().numpy()))
     gathered = [piece for rank in gather_objects(pieces, world) for piece in rank]
     order = np.concatenate([rows for rows, _ in gathered])
     predicted = np.concatenate([values for _, values in gathered]).astype(np.float64)
@@ -42,6 +43,36 @@ def predict(forward: Forward, split: Split, batch_size: int, pad_token_id: int, 
     result = np.empty_like(predicted)
     result[order] = predicted
     return result
+
+
+def _batches(split: Split, batch_size: int, pad_token_id: int, world: World) -> Iterator[tuple[Ints, MicroBatch]]:
+    """This rank's, without gradients. Raises Stopped on every rank, when one of them is asked to stop."""
+    with torch.no_grad():
+        for rows in evaluation_batches(split.lengths, batch_size, world.world_size, world.rank):
+            signals.beat("evaluation")
+            if any_rank([signals.stop_requested()], world)[0]:
+                raise signals.Stopped
+            yield rows, collate(split, rows, pad_token_id).to(world.device)
+    signals.beat("evaluation")
+
+
+def _logits(outputs: Outputs) -> torch.Tensor:
+    assert outputs.logits is not None
+    return outputs.logits
+
+
+def perplexity(forward: Forward, split: Split, recipe: Recipe, pad_token_id: int, world: World) -> dict[str, float]:
+    """Of the split's supervised tokens, each once and each as much: their mean loss, and its exponential."""
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for _, batch in _batches(split, recipe.evaluation.per_device_eval_batch_size, pad_token_id, world):
+        sums[0] += forward(
+            batch.inputs, functools.partial(negative_log_likelihood, batch=batch, kernels=recipe.kernels)
+        )
+        assert batch.supervised is not None
+        sums[1] += len(batch.supervised)
+    total, tokens = sum_over_ranks(sums).tolist()
+    loss = total / tokens
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
 def compute_metrics(recipe: Recipe, logits: Floats, labels: npt.NDArray[Any]) -> dict[str, float]:
@@ -72,5 +103,7 @@ def compute_metrics(recipe: Recipe, logits: Floats, labels: npt.NDArray[Any]) ->
 
 
 def evaluate(forward: Forward, split: Split, recipe: Recipe, pad_token_id: int, world: World) -> dict[str, float]:
+    if recipe.task == "causal_lm":
+        return perplexity(forward, split, recipe, pad_token_id, world)
     logits = predict(forward, split, recipe.evaluation.per_device_eval_batch_size, pad_token_id, world)
     return compute_metrics(recipe, logits, np.asarray(split.labels))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,16 +74,21 @@ def _other_rows(recipe: Recipe, tokenizer: Any) -> Split:
 def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[str, Any]:
     """Raises RecipeError or DataError; a fault of `data` and `split` names the options."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    from fleetune.train.alignment import Asked, Outputs, run
     from fleetune.train.data import prepare
     from fleetune.train.distributed import World
     from fleetune.train.evaluate import evaluate
+    from fleetune.train.head import fuse_head
+    from fleetune.train.model import auto_model, padding_id
 
     recipe, path = recipe_and_model(folder)
     trusts = recipe.model.trust_remote_code
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts)
-    model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=trusts).eval()
+    model = auto_model(recipe).from_pretrained(path, trust_remote_code=trusts).eval()
+    if recipe.task == "causal_lm" and recipe.kernels != "reference":
+        fuse_head(model)
     if data is None:
         splits = prepare(recipe, tokenizer).splits
         name = split or next((name for name in ("test", "validation") if name in splits), None)
@@ -93,18 +99,20 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
         rows, where = splits[name], name
     else:
         names = (
-            None if recipe.task == "regression" else [model.config.id2label[i] for i in range(model.config.num_labels)]
+            [model.config.id2label[i] for i in range(model.config.num_labels)]
+            if recipe.task == "classification"
+            else None
         )
         rows, where = _other_rows(_in_trains_place(recipe, data, split, names), tokenizer), data
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     autocast = recipe.training.bf16 and recipe.deepspeed.zero_stage == 0  # as in training
 
-    def forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(inputs: dict[str, torch.Tensor], compute: Callable[[Outputs], torch.Tensor]) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            return model(**inputs).logits  # type: ignore[no-any-return]
+            return run(model, model, inputs, Asked(), compute)
 
-    metrics = evaluate(forward, rows, recipe, tokenizer.pad_token_id, World(0, 1, 0, device))
+    metrics = evaluate(forward, rows, recipe, padding_id(tokenizer) or 0, World(0, 1, 0, device))
     return {"model": str(folder), "data": where, "rows": len(rows), "metrics": metrics}
 
 

@@ -19,14 +19,13 @@ import torch
 from safetensors.torch import save_file
 
 from fleetune import runs
-from fleetune.schema import Recipe, RecipeError
+from fleetune.schema import RecipeError
 from fleetune.train import distributed, engine
-from fleetune.train.batches import compose_epoch
 from fleetune.train.distributed import World
 from fleetune.train.loop import forward_backward
 from fleetune.train.progress import Progress
 from fleetune.train.rank import run_rank
-from fleetune.train.setup import augmenter, read_window, set_up
+from fleetune.train.setup import Epoch, compose, read_window, set_up
 from fleetune.train.sources import Ints
 from fleetune.train.speed import Meter
 
@@ -50,9 +49,8 @@ def batch_gradient(run: runs.Run, world: World, batch: int = 0, float64: bool = 
     """
     _refuse_precision(run, float64)
     setup = set_up(run, world, torch.float64 if float64 else None)
-    split, recipe = setup.data.splits["train"], setup.recipe
-    rows = batch_rows(split.lengths, setup.batch.global_batch_size, recipe, batch)
-    window = read_window(setup, rows, augmenter(setup, 0))
+    epoch = compose(setup, 0)
+    window = read_window(setup, epoch, batch_of(epoch, batch))
     losses, _, _ = forward_backward(setup, window, Meter(Progress(), setup.parameters, world), 1)
     tensors = engine.whole_gradient(setup.engine, world.is_main)
     mine = [micro.rows.tolist() if micro.examples else [] for micro in window]
@@ -61,13 +59,11 @@ def batch_gradient(run: runs.Run, world: World, batch: int = 0, float64: bool = 
     return Gradient(tensors, losses | setup.engine.penalty_values, seen)
 
 
-def batch_rows(lengths: Ints, global_batch_size: int, recipe: Recipe, batch: int) -> Ints:
-    """Raises RecipeError where the first epoch has no such batch."""
-    training = recipe.training
-    batches = compose_epoch(lengths, global_batch_size, training.seed, 0, training.group_by_length)
-    if not -len(batches) <= batch < len(batches):
-        raise RecipeError(f"--batch {batch}: the epoch has {len(batches)} batches")
-    return batches[batch]
+def batch_of(epoch: Epoch, number: int) -> Ints:
+    """Raises RecipeError where the epoch has no such batch."""
+    if not -len(epoch.batches) <= number < len(epoch.batches):
+        raise RecipeError(f"--batch {number}: the epoch has {len(epoch.batches)} batches")
+    return epoch.batches[number]
 
 
 def _refuse_precision(run: runs.Run, float64: bool) -> None:

@@ -6,6 +6,7 @@ python -m fleetune.train RUN
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import statistics
 import time
@@ -17,14 +18,15 @@ import torch
 
 from fleetune import runs
 from fleetune.train import cadence, checkpoint, distributed, engine, manifest, model_folder, signals, zero
-from fleetune.train.batches import MicroBatch, compose_epoch
+from fleetune.train.alignment import Outputs
+from fleetune.train.batches import MicroBatch
 from fleetune.train.distributed import World
 from fleetune.train.node_load import node_load
 from fleetune.train.notes import Notes, say, start_notes
+from fleetune.train.objectives import Term
 from fleetune.train.optim import learning_rate
 from fleetune.train.progress import Progress
-from fleetune.train.setup import Setup, augmenter, read_window, set_up
-from fleetune.train.sources import Ints
+from fleetune.train.setup import Epoch, Setup, compose, read_window, set_up
 from fleetune.train.speed import Meter, figures, peak_memory_mb
 
 
@@ -48,7 +50,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
     saver = checkpoint.Saver(setup.engine, run, world, recipe.checkpoint, progress.step)
     note = start_notes(run, recipe, total, progress, logs, restoring) if world.is_main else Notes()
     meter, step_times = Meter(progress, setup.parameters, world), deque[float](maxlen=100)
-    batches, composed = list[Ints](), -1
+    epoch, composed = Epoch([], None, None), -1
 
     while True:
         # The step's boundary: all ranks agree whether to stop, and whether a save in the background is written.
@@ -85,14 +87,13 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
 
         # One epoch's global batches: the rows of each, whatever the number of ranks.
         if composed != progress.epoch:
-            batches, composed = _compose(setup, progress.epoch), progress.epoch
-            augment = augmenter(setup, progress.epoch)
+            epoch, composed = compose(setup, progress.epoch), progress.epoch
 
         # One optimizer step: this rank's micro-batches, forward and backward over all of them, update.
         start = time.perf_counter()
-        rows = batches[progress.position]
+        batch = epoch.batches[progress.position]
         with meter.part("data"):
-            window = read_window(setup, rows, augment)
+            window = read_window(setup, epoch, batch)
         rate = learning_rate(recipe.training, progress.step, total)
         engine.set_learning_rate(setup.engine, rate)
         try:
@@ -110,10 +111,10 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
                 note.saved(saver.finish(), progress.step)
             raise
         step_times.append(time.perf_counter() - start)
-        progress.count(rows, examples, tokens, step_times[-1])
+        progress.count(epoch.rows(batch), examples, tokens, step_times[-1])
         note.passed(progress.step)
-        epoch = progress.epoch + progress.position / len(batches)
-        if progress.position == len(batches):
+        passes = progress.epoch + progress.position / len(epoch.batches)
+        if progress.position == len(epoch.batches):
             progress.epoch, progress.position = progress.epoch + 1, 0
 
         # Log: the JSONL first, from which wandb is fed.
@@ -124,7 +125,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
                 **{f"train/{name}": loss for name, loss in losses.items()},
                 "train/learning_rate": rate,
                 "train/grad_norm": grad_norm,
-                "train/epoch": epoch,
+                "train/epoch": passes,
                 "data/order": progress.order,
                 **meter.read(progress),
                 **node_load(world),
@@ -163,17 +164,6 @@ def _resume(setup: Setup) -> tuple[Progress, float]:
     return progress, time.perf_counter() - start
 
 
-def _compose(setup: Setup, epoch: int) -> list[Ints]:
-    training = setup.recipe.training
-    return compose_epoch(
-        setup.data.splits["train"].lengths,
-        setup.batch.global_batch_size,
-        training.seed,
-        epoch,
-        training.group_by_length,
-    )
-
-
 def forward_backward(
     setup: Setup, window: list[MicroBatch], meter: Meter, step: int
 ) -> tuple[dict[str, float], int, int]:
@@ -200,10 +190,7 @@ def forward_backward(
         else:
             taught = []
         with meter.part("forward"):
-            outputs = setup.forward(micro.inputs, setup.asked)
-            values = torch.stack(
-                [term.weight * term.forward(outputs, taught, micro, counts[i]) for i, term in enumerate(terms)]
-            )
+            values = setup.forward(micro.inputs, functools.partial(_weighted, terms, taught, micro, counts))
             sums += values.detach()
         with meter.part("backward"):
             setup.engine.backward(values.sum() * world.world_size, scale_wrt_gas=False)
@@ -213,6 +200,14 @@ def forward_backward(
             raise NonFiniteLoss(f"step {step}: {name} is {value}; {_rows(window, world)}")
     examples, tokens = counts[len(terms) :].tolist()
     return losses, int(examples), int(tokens)
+
+
+def _weighted(
+    terms: list[Term], taught: list[Outputs], micro: MicroBatch, counts: torch.Tensor, outputs: Outputs
+) -> torch.Tensor:
+    """(terms,): each one's loss times its weight."""
+    values = [term.weight * term.forward(outputs, taught, micro, counts[i]) for i, term in enumerate(terms)]
+    return torch.stack(values)
 
 
 def _finish(setup: Setup, progress: Progress) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fleetune.schema import Model, Recipe, Teacher
 from fleetune.train import zero
+from fleetune.train.head import fuse_head
 from fleetune.train.surgery import freeze, operate
 
 OWN_KEYS = ("num_labels", "id2label", "label2id", "problem_type")  # of a config, set here
@@ -59,20 +60,34 @@ def load_tokenizer(recipe: Recipe) -> Any:
     return load(AutoTokenizer, recipe.model)
 
 
+def padding_id(tokenizer: Any) -> int | None:
+    """What stands behind the end of a row; any token does for language models, which never learn or see it."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    return next((int(token) for token in known if token is not None), None)
+
+
+def auto_model(recipe: Recipe) -> Any:
+    """Transformers' class for the task."""
+    import transformers
+
+    language = recipe.task == "causal_lm"
+    return transformers.AutoModelForCausalLM if language else transformers.AutoModelForSequenceClassification
+
+
 def load_config(recipe: Recipe, label_names: list[str]) -> Any:
     from transformers import AutoConfig
 
-    labels: dict[str, Any] = (
-        {"num_labels": 1}
-        if recipe.task == "regression"
-        else {
+    labels: dict[str, Any] = {}
+    if recipe.task == "regression":
+        labels = {"num_labels": 1, "problem_type": "regression"}
+    elif recipe.task == "classification":
+        labels = {
             "num_labels": len(label_names),
             "id2label": dict(enumerate(label_names)),
             "label2id": {name: i for i, name in enumerate(label_names)},
+            "problem_type": "single_label_classification",
         }
-    )
     config = load(AutoConfig, recipe.model, **labels)
-    config.problem_type = "regression" if recipe.task == "regression" else "single_label_classification"
     known = config.to_dict()
     for key, value in recipe.model.config.items():
         if key in OWN_KEYS:
@@ -134,26 +149,27 @@ def _labels_of_other_head(recipe: Recipe, config: Any) -> int | None:
 def build_model(
     recipe: Recipe, label_names: list[str], dtype: torch.dtype, deepspeed_config: dict[str, Any]
 ) -> nn.Module:
-    """The sequence classifier, pretrained or from scratch, changed and frozen as the recipe says.
+    """The classifier or language model, pretrained or from scratch, changed and frozen as the recipe says.
 
     On ZeRO-3 it is partitioned from the start. A new head (and a whole model from scratch) is drawn from training.seed.
     """
-    from transformers import AutoModelForSequenceClassification, PreTrainedModel, logging
+    from transformers import PreTrainedModel, logging
 
     logging.set_verbosity_error()  # which weights are new is said by the recipe
-    config = load_config(recipe, label_names)
-    other_head = None if recipe.model.from_scratch else _labels_of_other_head(recipe, config)
+    config, language = load_config(recipe, label_names), recipe.task == "causal_lm"
+    other_head = None if recipe.model.from_scratch or language else _labels_of_other_head(recipe, config)
     torch.manual_seed(recipe.training.seed)
     with zero.partitioned(deepspeed_config):
         if recipe.model.from_scratch:
-            model = AutoModelForSequenceClassification.from_config(
+            model = auto_model(recipe).from_config(
                 config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
             )
         else:
             as_saved = copy.deepcopy(config)
-            as_saved.num_labels = other_head or config.num_labels
-            model = load(AutoModelForSequenceClassification, recipe.model, config=as_saved, dtype=dtype)
-    if model.config.pad_token_id is None:
+            if not language:
+                as_saved.num_labels = other_head or config.num_labels
+            model = load(auto_model(recipe), recipe.model, config=as_saved, dtype=dtype)
+    if model.config.pad_token_id is None and not language:
         raise ModelError(
             f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its config has no pad_token_id; "
             "set model.config.pad_token_id"
@@ -163,5 +179,7 @@ def build_model(
         assert isinstance(model, PreTrainedModel)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     freeze(model, recipe.model.freeze)
+    if language and recipe.kernels != "reference":
+        fuse_head(model)
     assert isinstance(model, nn.Module)
     return model

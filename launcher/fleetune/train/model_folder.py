@@ -42,13 +42,15 @@ def write(
 
 
 def card(recipe: Recipe, data: Prepared, report: dict[str, Any]) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-classification"]
+    language = recipe.task == "causal_lm"
+    lines = ["---", "library_name: transformers"]
+    lines.append(f"pipeline_tag: {'text-generation' if language else 'text-classification'}")
     if not recipe.model.model_name_or_path.startswith(("/", "package://")):
         lines.append(f"base_model: {recipe.model.model_name_or_path}")
     lines += ["tags: [fleetune]", "---", "", f"# {recipe.name}", ""]
     origin = "drawn from scratch in the architecture of" if recipe.model.from_scratch else "fine-tuned from"
     lines += [
-        f"A {recipe.task} model, {origin} `{recipe.model.model_name_or_path}`, "
+        f"A {'language' if language else recipe.task} model, {origin} `{recipe.model.model_name_or_path}`, "
         f"{report['parameters'] / 1e6:.1f}M parameters, "
         f"trained by Fleetune for {report['step']} steps; the weights are those of step {report['best_step']}.",
         "",

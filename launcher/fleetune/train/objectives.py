@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -28,9 +29,17 @@ from fleetune.losses import (
     MeanSquaredError,
 )
 from fleetune.schema import Recipe, losses_of
+from fleetune.train import zero
 from fleetune.train.alignment import PROJECTIONS, Match, Outputs
-from fleetune.train.batches import MicroBatch
-from fleetune_kernels import cross_entropy, distillation_loss, supervised_weight
+from fleetune.train.batches import IGNORED, MicroBatch
+from fleetune.train.head import Head
+from fleetune_kernels import (
+    cross_entropy,
+    distillation_loss,
+    linear_cross_entropy,
+    linear_distillation_loss,
+    supervised_weight,
+)
 
 
 @dataclass(frozen=True)
@@ -64,11 +73,16 @@ class Penalty:
 
 
 def build_terms(
-    recipe: Recipe, device: torch.device, matches: Sequence[Match] = (), shares: Sequence[float] = ()
+    recipe: Recipe,
+    device: torch.device,
+    matches: Sequence[Match] = (),
+    shares: Sequence[float] = (),
+    vocab_size: int | None = None,
 ) -> list[Term]:
     """One for each of the recipe's losses but the penalties; several of a kind are numbered.
 
-    `shares` are the teachers', and `matches` the layers that are drawn to theirs.
+    `shares` are the teachers', and `matches` the layers that are drawn to theirs; `vocab_size` is of the tokens that
+    language models share with their teachers, where a head has more rows.
     """
     terms: list[Term] = []
     for index, loss in enumerate(losses_of(recipe)):
@@ -78,7 +92,7 @@ def build_terms(
         elif isinstance(loss, MeanSquaredError):
             term = Term("mse", loss.weight, _examples_weight, _mean_squared_error)
         elif isinstance(loss, Distillation):
-            term = _distillation(loss, shares, recipe.kernels)
+            term = _distillation(loss, shares, recipe.kernels, vocab_size)
         elif isinstance(loss, HiddenStates | Embedding):
             term = Term(loss.kind, loss.weight, _tokens_weight, functools.partial(_features, loss, own, shares))
         elif isinstance(loss, Attention):
@@ -118,18 +132,42 @@ def _cross_entropy(loss: CrossEntropy, device: torch.device, kernels: str) -> Te
         return supervised_weight(batch.labels, weight=weight, token_weights=batch.weights)
 
     def forward(student: Outputs, _: list[Outputs], batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
-        value: torch.Tensor = cross_entropy(
-            student.logits,
-            batch.labels,
-            weight=weight,
-            token_weights=batch.weights,
-            label_smoothing=loss.label_smoothing,
-            num_items=num_items,
-            backend=kernels,
-        )
-        return value
+        settings: dict[str, Any] = {
+            "weight": weight,
+            "token_weights": batch.weights,
+            "label_smoothing": loss.label_smoothing,
+            "num_items": num_items,
+            "backend": kernels,
+        }
+        return _cross_entropy_of(student, batch, settings)
 
     return Term("cross_entropy", loss.weight, divisor, forward)
+
+
+def _cross_entropy_of(student: Outputs, batch: MicroBatch, settings: dict[str, Any]) -> torch.Tensor:
+    """Of the logits, or without them where there is a head."""
+    head = student.head
+    value: torch.Tensor
+    if head is None:
+        assert student.logits is not None
+        value = cross_entropy(student.logits, batch.labels, **settings)
+    else:
+        value = linear_cross_entropy(
+            head.hidden_states,
+            head.weight,
+            batch.labels,
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            rows=batch.supervised,
+            **settings,
+        )
+    return value
+
+
+def negative_log_likelihood(outputs: Outputs, batch: MicroBatch, kernels: str) -> torch.Tensor:
+    """Of a language model's supervised tokens, summed; what perplexity is made of."""
+    return _cross_entropy_of(outputs, batch, {"reduction": "sum", "backend": kernels})
 
 
 def _examples_weight(batch: MicroBatch) -> torch.Tensor:
@@ -138,6 +176,7 @@ def _examples_weight(batch: MicroBatch) -> torch.Tensor:
 
 def _mean_squared_error(student: Outputs, _: list[Outputs], batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
     """sum_i u_i (y_i - x_i)² / num_items, in fp32."""
+    assert student.logits is not None
     scores = _precise(student.logits.squeeze(-1))
     errors = (scores - batch.labels.to(scores.dtype)).square() * batch.weights
     return _divided(errors.sum(), num_items)
@@ -155,28 +194,78 @@ def _divided(total: torch.Tensor, num_items: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- from a teacher
 
 
-def _distillation(loss: Distillation, shares: Sequence[float], kernels: str) -> Term:
-    def against(student: Outputs, logits: torch.Tensor, batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
+def _distillation(loss: Distillation, shares: Sequence[float], kernels: str, vocab_size: int | None) -> Term:
+    settings: dict[str, Any] = {
+        "temperature": loss.temperature,
+        "divergence": loss.divergence,
+        "beta": 0.5 if loss.beta is None else loss.beta,
+        "backend": kernels,
+    }
+
+    def against(student: Outputs, teachers: list[Outputs], batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
+        if student.head is not None:
+            return _distilled_heads(student.head, teachers, batch, num_items, {**settings, "vocab_size": vocab_size})
         value: torch.Tensor = distillation_loss(
-            student.logits,
-            logits,
-            temperature=loss.temperature,
-            divergence=loss.divergence,
-            beta=0.5 if loss.beta is None else loss.beta,
+            _cut(student.logits, vocab_size),
+            _mixed([_cut(teacher.logits, vocab_size) for teacher in teachers], shares, loss.temperature),
+            mask=_supervised(batch),
             token_weights=batch.weights,
             num_items=num_items,
-            backend=kernels,
+            **settings,
         )
         return value
 
     def forward(student: Outputs, teachers: list[Outputs], batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
         if loss.combine == "losses":
-            values = [against(student, teacher.logits, batch, num_items) for teacher in teachers]
+            values = [against(student, [teacher], batch, num_items) for teacher in teachers]
             return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum()
-        targets = [teacher.logits for teacher in teachers]
-        return against(student, _mixed(targets, shares, loss.temperature), batch, num_items)
+        return against(student, teachers, batch, num_items)
 
-    return Term("distillation", loss.weight, _examples_weight, forward)
+    return Term("distillation", loss.weight, _supervised_weight, forward)
+
+
+def _distilled_heads(
+    student: Head, teachers: list[Outputs], batch: MicroBatch, num_items: torch.Tensor, settings: dict[str, Any]
+) -> torch.Tensor:
+    """Without any logits; of several teachers the plain mean of their soft targets."""
+    heads = [teacher.head for teacher in teachers if teacher.head is not None]
+    assert len(heads) == len(teachers)
+    with zero.gathered([weight for head in heads for weight in (head.weight, head.bias) if weight is not None]):
+        found = linear_distillation_loss(
+            student.hidden_states,
+            student.weight,
+            [head.hidden_states for head in heads],
+            [head.weight for head in heads],
+            student_bias=student.bias,
+            teacher_bias=[head.bias for head in heads],
+            kd_num_items=num_items,
+            mask=_supervised(batch),
+            token_weights=batch.weights,
+            student_softcap=student.softcap,
+            teacher_softcap=heads[0].softcap,
+            student_logit_scale=student.logit_scale,
+            teacher_logit_scale=heads[0].logit_scale,
+            rows=batch.supervised,
+            **settings,
+        )
+    value: torch.Tensor = found.loss
+    return value
+
+
+def _supervised(batch: MicroBatch) -> torch.Tensor | None:
+    """(B, L), of language models."""
+    return None if batch.supervised is None else batch.labels != IGNORED
+
+
+def _supervised_weight(batch: MicroBatch) -> torch.Tensor:
+    mask = _supervised(batch)
+    return (batch.weights if mask is None else batch.weights * mask).sum(dtype=torch.float64)
+
+
+def _cut(logits: torch.Tensor | None, vocab_size: int | None) -> torch.Tensor:
+    """Without the rows that fill a vocabulary up, which may differ between student and teacher."""
+    assert logits is not None
+    return logits[..., :vocab_size]
 
 
 def _mixed(logits: list[torch.Tensor], shares: Sequence[float], temperature: float) -> torch.Tensor:
@@ -192,7 +281,7 @@ def _mixed(logits: list[torch.Tensor], shares: Sequence[float], temperature: flo
 
 def _token_weights(batch: MicroBatch) -> torch.Tensor:
     """(B, L): each token's weight is its example's, and padding has none."""
-    return batch.inputs["attention_mask"] * batch.weights[:, None]
+    return batch.weights if batch.weights.dim() == 2 else batch.inputs["attention_mask"] * batch.weights[:, None]
 
 
 def _tokens_weight(batch: MicroBatch) -> torch.Tensor:

@@ -48,7 +48,7 @@ def has_fast_bf16() -> bool:
 def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     """Raises RecipeError, DataError or ModelError, each naming the key."""
     from fleetune.train.data import prepare
-    from fleetune.train.model import load_config, load_tokenizer
+    from fleetune.train.model import load_config, load_tokenizer, padding_id
 
     check_machine(recipe)
     tokenizer = load_tokenizer(recipe)
@@ -64,7 +64,7 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
                 f"losses.{index}.class_weights = {loss.class_weights}: should be {config.num_labels} numbers, "
                 f"one for each label ({', '.join(prepared.label_names[:10])})"
             )
-    if tokenizer.pad_token_id is None:
+    if (padding_id(tokenizer) if recipe.task == "causal_lm" else tokenizer.pad_token_id) is None:
         raise RecipeError(
             f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its tokenizer has no padding token"
         )
@@ -117,7 +117,13 @@ def _check_model(recipe: Recipe, config: Any) -> dict[str, Any]:
     from fleetune.train.cache import cache_folder
 
     losses = [loss.model_dump(mode="json") for loss in recipe.losses]
-    described = [config.to_json_string(use_diff=False), recipe.model.model_dump(mode="json"), losses, runs.versions()]
+    described = [
+        recipe.task,
+        config.to_json_string(use_diff=False),
+        recipe.model.model_dump(mode="json"),
+        losses,
+        runs.versions(),
+    ]
     key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
     known = cache_folder().parent / "models" / f"{key}.json"
     if known.exists() and not recipe.model.trust_remote_code:
@@ -132,16 +138,14 @@ def _check_model(recipe: Recipe, config: Any) -> dict[str, Any]:
 
 def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
     import torch
-    from transformers import AutoModelForSequenceClassification
 
+    from fleetune.train.model import auto_model
     from fleetune.train.objectives import build_penalties
     from fleetune.train.surgery import freeze, operate
 
     try:
         with torch.device("meta"):
-            plain = AutoModelForSequenceClassification.from_config(
-                config, trust_remote_code=recipe.model.trust_remote_code
-            )
+            plain = auto_model(recipe).from_config(config, trust_remote_code=recipe.model.trust_remote_code)
     except Exception as error:  # each family has its own way to refuse a config
         raise RecipeError(f"model = {recipe.model.model_name_or_path!r}: cannot be built: {error}") from None
     try:

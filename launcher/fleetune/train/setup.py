@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +16,16 @@ from fleetune.batch import Batch, cut_batch, total_steps
 from fleetune.schema import Recipe, hours_between_failures
 from fleetune.train import engine, zero
 from fleetune.train.alignment import Asked, Outputs, add_projections, asked_by, matches_of, run
-from fleetune.train.batches import Augmenter, MicroBatch, collate, cut_window
+from fleetune.train.batches import Augmenter, MicroBatch, collate, collate_tokens, compose_epoch, cut_window
 from fleetune.train.data import Prepared, prepare
 from fleetune.train.distributed import World
 from fleetune.train.evaluate import evaluate
-from fleetune.train.model import build_model, load_tokenizer
+from fleetune.train.head import check_head, has_fused_head
+from fleetune.train.model import build_model, load_tokenizer, padding_id
 from fleetune.train.objectives import Term, build_penalties, build_terms
+from fleetune.train.packing import pack
 from fleetune.train.sources import Ints
-from fleetune.train.teacher import LoadedTeacher, load_teachers
+from fleetune.train.teacher import LoadedTeacher, load_teachers, shared_vocabulary
 from fleetune.train.teacher_cache import CachedTeacher
 
 
@@ -44,22 +48,29 @@ class Setup:
     trainable_parameters: int
     mtbf_hours: float
 
-    def forward(self, inputs: dict[str, torch.Tensor], asked: Asked = Asked()) -> Outputs:  # noqa: B008
-        """The engine's forward pass: with dropout where gradients are wanted."""
+    def forward(
+        self, inputs: dict[str, torch.Tensor], compute: Callable[[Outputs], torch.Tensor], *, evaluate: bool = False
+    ) -> torch.Tensor:
+        """What `compute` makes of the engine's forward pass: with dropout where gradients are wanted."""
         if self.engine.module.training != torch.is_grad_enabled():
             self.engine.module.train(torch.is_grad_enabled())
+        asked = Asked() if evaluate else self.asked
         with torch.autocast(self.world.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
-            return run(self.engine, self.engine.module, inputs, asked)
+            return run(self.engine, self.engine.module, inputs, asked, compute)
 
     @property
     def autocast(self) -> bool:
         return self.recipe.training.bf16 and not engine.keeps_bf16_weights(self.recipe)
 
     def evaluate(self, split: str) -> dict[str, float]:
-        def logits(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-            return self.forward(inputs).logits
+        forward = functools.partial(self.forward, evaluate=True)
+        return evaluate(forward, self.data.splits[split], self.recipe, self.padding_id, self.world)
 
-        return evaluate(logits, self.data.splits[split], self.recipe, self.tokenizer.pad_token_id, self.world)
+    @property
+    def padding_id(self) -> int:
+        found = padding_id(self.tokenizer)
+        assert found is not None
+        return found
 
 
 def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Setup:
@@ -82,6 +93,9 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
     if dtype is not None:
         model.to(dtype)
     started = engine.start_engine(model, recipe, config, build_penalties(recipe, trainable))
+    if has_fused_head(model):
+        started.module.eval()
+        check_head(started, recipe, model.config, world.device)
     # Dropout differs from rank to rank, and from the weights' own draw.
     torch.manual_seed(int(np.random.SeedSequence([recipe.training.seed, world.rank]).generate_state(1)[0]))
     return Setup(
@@ -91,8 +105,14 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
         batch,
         tokenizer,
         data,
-        total_steps(recipe.training, len(data.splits["train"]), batch),
-        build_terms(recipe, world.device, matches, [teacher.weight for teacher in teachers]),
+        total_steps(recipe.training, data.report["sequences"], batch),
+        build_terms(
+            recipe,
+            world.device,
+            matches,
+            [teacher.weight for teacher in teachers],
+            shared_vocabulary(model.config, configs),
+        ),
         teachers,
         asked_by(recipe),
         started,
@@ -102,15 +122,40 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
     )
 
 
-def read_window(setup: Setup, rows: Ints, augment: Augmenter | None) -> list[MicroBatch]:
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the training data, composed without regard to the number of ranks."""
+
+    batches: list[Ints]  # each global batch: rows, or packs by their numbers
+    packs: list[Ints] | None  # the rows of each pack
+    augment: Augmenter | None
+
+    def rows(self, batch: Ints) -> Ints:
+        return batch if self.packs is None else np.concatenate([self.packs[number] for number in batch])
+
+
+def compose(setup: Setup, epoch: int) -> Epoch:
+    training, data = setup.recipe.training, setup.recipe.data
+    lengths, packs = setup.data.splits["train"].lengths, None
+    if data.packing:
+        packs = pack(lengths, data.max_length, training.seed, epoch)
+        lengths = np.array([lengths[rows].sum() for rows in packs])
+    size = setup.batch.global_batch_size
+    batches = compose_epoch(lengths, size, training.seed, epoch, training.group_by_length)
+    return Epoch(batches, packs, augmenter(setup, epoch))
+
+
+def read_window(setup: Setup, epoch: Epoch, batch: Ints) -> list[MicroBatch]:
     """This rank's micro-batches of a global batch, on its device."""
     multiple = 8 if setup.world.device.type == "cuda" else 1  # the widths that a GPU's matrix units like
-    return [
-        collate(setup.data.splits["train"], piece, setup.tokenizer.pad_token_id, multiple, augment).to(
-            setup.world.device
-        )
-        for piece in cut_window(rows, setup.batch, setup.world.rank)
-    ]
+    split, padding = setup.data.splits["train"], setup.padding_id
+    pieces = cut_window(batch, setup.batch, setup.world.rank)
+    if epoch.packs is None:
+        micros = [collate(split, piece, padding, multiple, epoch.augment) for piece in pieces]
+    else:
+        packs = epoch.packs
+        micros = [collate_tokens(split, [packs[n] for n in piece], padding, multiple, packed=True) for piece in pieces]
+    return [micro.to(setup.world.device) for micro in micros]
 
 
 def augmenter(setup: Setup, epoch: int) -> Augmenter | None:

@@ -20,7 +20,8 @@ from fleetune.train.alignment import Asked, Outputs, asked_by, run
 from fleetune.train.batches import MicroBatch
 from fleetune.train.cache import tokenizer_content
 from fleetune.train.distributed import World
-from fleetune.train.model import ModelError, check_length, load, model_location
+from fleetune.train.head import fuse_head
+from fleetune.train.model import ModelError, auto_model, check_length, load, model_location
 from fleetune.train.teacher_cache import CachedTeacher, open_cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,10 +40,11 @@ class LoadedTeacher:
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Outputs:
         known = {name: tensor for name, tensor in batch.inputs.items() if name in self.inputs}
-        outputs = run(self.engine, self.module, known, self.asked)
+        outputs = run(self.engine, self.module, known, self.asked, lambda found: found)
         if self.columns is None:
             return outputs
-        return Outputs(outputs.logits[:, self.columns], outputs.hidden_states, outputs.attentions, outputs.values)
+        assert outputs.logits is not None
+        return dataclasses.replace(outputs, logits=outputs.logits[:, self.columns])
 
 
 def load_teachers(
@@ -73,31 +75,32 @@ def load_teacher(
     """One of them, by itself. Raises ModelError."""
     config = load_teacher_config(recipe, teacher, key, tokenizer)
     columns = label_columns(recipe, config, label_names, key)
-    model, engine = _placed(teacher, key, config, dtype or _dtype(recipe, teacher), batch, world)
+    model, engine, inputs = _placed(recipe, teacher, key, config, dtype or _dtype(recipe, teacher), batch, world)
     return LoadedTeacher(
         config,
         1.0,
         model,
         engine,
-        frozenset(inspect.signature(model.forward).parameters),
+        inputs,
         None if columns == list(range(len(columns))) else torch.tensor(columns, device=world.device),
         asked_by(recipe),
     )
 
 
 def _placed(
-    teacher: Teacher, key: str, config: Any, dtype: torch.dtype, batch: Batch, world: World
-) -> tuple[nn.Module, Any]:
-    """The model on its device, or cut over the ranks, and what runs it."""
-    from transformers import AutoModelForSequenceClassification
-
+    recipe: Recipe, teacher: Teacher, key: str, config: Any, dtype: torch.dtype, batch: Batch, world: World
+) -> tuple[nn.Module, Any, frozenset[str]]:
+    """The model on its device, or cut over the ranks, what runs it, and the inputs that it takes."""
     settings = zero.inference_config(teacher.deepspeed, dtype, batch.micro_batch_size)
     with zero.partitioned(settings):
-        model = load(AutoModelForSequenceClassification, teacher, key, config=config, dtype=dtype)
+        model = load(auto_model(recipe), teacher, key, config=config, dtype=dtype)
     model.requires_grad_(False).eval()
+    inputs = frozenset(inspect.signature(model.forward).parameters)
+    if recipe.task == "causal_lm" and recipe.kernels != "reference":
+        fuse_head(model)
     if teacher.deepspeed.zero_stage == 0:
-        return model.to(world.device), model
-    return model, zero.inference_engine(model, settings)
+        return model.to(world.device), model, inputs
+    return model, zero.inference_engine(model, settings), inputs
 
 
 def _dtype(recipe: Recipe, teacher: Teacher) -> torch.dtype:
@@ -137,16 +140,26 @@ def teacher_digest(teacher: Teacher, config: Any) -> str:
     return digest.hexdigest()
 
 
+def shared_vocabulary(student: Any, teachers: list[Any]) -> int | None:
+    """How many of the first tokens all have, where their heads are filled up to different sizes; None where equal."""
+    sizes = [int(config.vocab_size) for config in (student, *teachers) if hasattr(config, "vocab_size")]
+    return None if len(set(sizes)) < 2 else min(sizes)
+
+
 # ---------------------------------------------------------------- whether it fits the student
 
 
 def check_teacher(recipe: Recipe, teacher: Teacher, key: str, config: Any, tokenizer: Any, labels: list[str]) -> None:
-    """Raises ModelError for a teacher of other tokens or labels than the student's, or without a classifier."""
+    """Raises ModelError for a teacher of other tokens or labels than the student's, or of another kind."""
     from transformers import AutoTokenizer
 
     named = f"{key}.model_name_or_path = {teacher.model_name_or_path!r}"
     kind = (config.architectures or ["no architecture"])[0]
-    if any(isinstance(loss, Distillation) for loss in recipe.losses) and not kind.endswith("ForSequenceClassification"):
+    language = recipe.task == "causal_lm"
+    if language and not kind.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ModelError(f"{named}: is no language model ({kind})")
+    distils = any(isinstance(loss, Distillation) for loss in recipe.losses)
+    if distils and not language and not kind.endswith("ForSequenceClassification"):
         raise ModelError(
             f"{named}: is no classifier ({kind}): its soft targets would be drawn at random; fine-tune it first, or "
             "learn from its layers alone (hidden_states, embedding, attention)"
@@ -182,7 +195,7 @@ def label_columns(recipe: Recipe, config: Any, labels: list[str], key: str) -> l
         ModelError: it has other labels.
     """
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
-    if recipe.task == "regression" or names == [f"LABEL_{i}" for i in range(len(labels))]:
+    if recipe.task != "classification" or names == [f"LABEL_{i}" for i in range(len(labels))]:
         return list(range(len(names)))
     place = {name.casefold(): i for i, name in enumerate(names)}
     if sorted(place) != sorted(label.casefold() for label in labels) or len(names) != len(labels):

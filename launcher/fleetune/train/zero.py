@@ -113,6 +113,14 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().cpu().clone()
 
 
+@contextlib.contextmanager
+def gathered(tensors: list[torch.Tensor]) -> Iterator[None]:
+    """Within it the parameters are whole, to be read; a collective on ZeRO-3."""
+    cut = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    with import_deepspeed().zero.GatheredParameters(cut) if cut else contextlib.nullcontext():
+        yield
+
+
 def partition_like(other: Any, parameters: list[nn.Parameter]) -> None:
     """Cuts whole parameters over the ranks as another one is, from the main rank's values; a collective on ZeRO-3."""
     if is_partitioned(other):
