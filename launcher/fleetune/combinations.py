@@ -121,6 +121,13 @@ def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             yield f"losses.{index}.kind", loss.kind, "needs a teacher: {model_name_or_path: ...}"
         elif loss.kind == "distillation" and recipe.task == "regression":
             yield f"losses.{index}.kind", loss.kind, "is for classes; a regression's teacher serves hidden_states"
+        elif loss.kind == "attention" and recipe.data.packing:
+            yield f"losses.{index}.kind", loss.kind, "compares within one example; data.packing: false keeps them apart"
+        shares = {teacher.weight for _, teacher in teachers}
+        mixed = loss.kind == "distillation" and loss.combine == "targets" and len(shares) > 1
+        if recipe.task == "causal_lm" and mixed and recipe.kernels != "reference":
+            message = "several teachers of a language model need equal weights for this, or combine: losses"
+            yield f"losses.{index}.combine", loss.combine, message
         if loss.kind == "distillation" and loss.beta is not None and loss.divergence != "jsd":
             yield f"losses.{index}.beta", loss.beta, f"is for divergence: jsd, and this is {loss.divergence}"
         if loss.kind == "attention" and loss.relation_heads is not None and loss.compare != "values":

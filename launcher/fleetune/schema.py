@@ -86,7 +86,7 @@ class Model(Section):
 
 class Source(Section):
     path: str
-    """A hub data set, or a local .tsv, .csv, .json, .jsonl or .parquet file."""
+    """A hub data set, or a local .tsv, .csv, .json, .jsonl or .parquet file, or a .txt of paragraphs (column text)."""
     name: str | None = None
     """The hub data set's configuration, e.g. sst2."""
     split: str | None = None
@@ -320,7 +320,7 @@ class Recipe(Section):
     """Where metrics go beside metrics.jsonl."""
 
 
-DATA_SUFFIXES = (".tsv", ".csv", ".json", ".jsonl", ".parquet")
+DATA_SUFFIXES = (".tsv", ".csv", ".json", ".jsonl", ".parquet", ".txt")
 METRICS: dict[str, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman", "mse"),

@@ -1,4 +1,4 @@
-"""Opening data: a local .tsv, .csv, .json, .jsonl or .parquet file, or a hub data set, as columns.
+"""Opening data: a local .tsv, .csv, .json, .jsonl, .parquet or .txt file, or a hub data set, as columns.
 
 Local files are read here rather than through `datasets`, which guesses types from the first 10,000 rows (a score of
 2.5 further down is then an error), takes a delimiter too many in each row for an index and shifts the columns, makes
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -157,7 +158,8 @@ def _read_text(source: Source, texts: list[str], others: list[str]) -> Table:
     columns: dict[str, list[Any]] = {column: [] for column in texts + others}
     names: dict[str, None] = {}
     index: list[int] = []
-    for number, record in enumerate(_delimited(path) if path.suffix in (".csv", ".tsv") else _objects(path)):
+    read = _delimited if path.suffix in (".csv", ".tsv") else _paragraphs if path.suffix == ".txt" else _objects
+    for number, record in enumerate(read(path)):
         if record.keys() != names.keys():
             names.update(dict.fromkeys(record))
         if not all(_matches(record.get(column), value) for column, value in source.where.items()):
@@ -214,6 +216,14 @@ def _delimited(path: Path) -> Iterator[dict[str, str]]:
         except (ValueError, csv.Error) as error:
             place = f"line {number}" if tabs else f"the row that ends in line {lines.line_num}"
             raise ValueError(f"{place}: {error}") from None
+
+
+def _paragraphs(path: Path) -> Iterator[dict[str, Any]]:
+    """What empty lines part."""
+    with path.open(encoding="utf-8-sig") as file:
+        for is_text, lines in itertools.groupby(file, key=lambda line: bool(line.strip())):
+            if is_text:
+                yield {"text": "".join(lines).rstrip()}
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:

@@ -158,6 +158,9 @@ def check_teacher(recipe: Recipe, teacher: Teacher, key: str, config: Any, token
     language = recipe.task == "causal_lm"
     if language and not kind.endswith(("ForCausalLM", "LMHeadModel")):
         raise ModelError(f"{named}: is no language model ({kind})")
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if language and config.vocab_size < needed:
+        raise ModelError(f"{named}: its head has {config.vocab_size} rows, and the student's tokenizer {needed} tokens")
     distils = any(isinstance(loss, Distillation) for loss in recipe.losses)
     if distils and not language and not kind.endswith("ForSequenceClassification"):
         raise ModelError(
