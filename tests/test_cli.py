@@ -154,7 +154,7 @@ def test_a_global_batch_that_is_larger_than_the_data_is_warned_of_where_cleaning
     rows: int, warned: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", ["training.global_batch_size=64"])
-    _show_data(recipe, Layout(1, 2, 1), {"cleaning": {"strip_html": {"train": 3}}, "rows": {"train": rows}})
+    _show_data(recipe, Layout(1, 2, 1), {"cleaning": {"strip_html": {"train": 3}}, "sequences": rows})
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "cleaning  strip_html: 3 rows of train"
     assert (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fleetune.losses import OF_A_TEACHER, CrossEntropy
+from fleetune.losses import OF_A_TEACHER, CrossEntropy, Distillation
 from fleetune.schema import (
     DATA_SUFFIXES,
     METRICS,
@@ -33,7 +34,7 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         yield "model.label_names", names, f"should be {recipe.model.num_labels} names, as model.num_labels says"
     yield from _language_combinations(recipe)
     yield from _loss_combinations(recipe)
-    legal = (*METRICS[recipe.task], "loss")
+    legal = (*METRICS[recipe.task], *(("exact_match",) if recipe.evaluation.exact_match else ()), "loss")
     for index, metric in enumerate(recipe.evaluation.metrics or ()):
         if metric not in legal:
             yield f"evaluation.metrics.{index}", metric, f"does not fit task: {recipe.task}; legal: {', '.join(legal)}"
@@ -52,7 +53,7 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             "there is a validation split already; leave one of the two out",
         )
     if not has_validation:
-        for key in ("eval_steps", "early_stopping_patience", "metric_for_best_model"):
+        for key in ("eval_steps", "early_stopping_patience", "metric_for_best_model", "generate"):
             if getattr(recipe.evaluation, key) is not None:
                 yield (
                     f"evaluation.{key}",
@@ -73,6 +74,11 @@ def _language_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         if getattr(data, key) != getattr(plain, key):
             value = [a.kind for a in data.augmentation] if key == "augmentation" else getattr(data, key)
             yield f"data.{key}", value, f"does not fit task: {recipe.task}; leave it out"
+    for key in ("generate", "exact_match") if recipe.task != "causal_lm" else ():
+        if getattr(recipe.evaluation, key) is not None:
+            yield f"evaluation.{key}", "...", f"does not fit task: {recipe.task}; leave it out"
+    if recipe.evaluation.exact_match is not None:
+        yield from _pattern_faults(recipe, recipe.evaluation.exact_match.pattern)
     if recipe.task == "causal_lm":
         for key in ("num_labels", "label_names"):
             if getattr(recipe.model, key) is not None:
@@ -80,6 +86,19 @@ def _language_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         for index, loss in enumerate(recipe.losses):
             if isinstance(loss, CrossEntropy) and loss.class_weights is not None:
                 yield f"losses.{index}.class_weights", "...", "is for classification; leave it out"
+
+
+def _pattern_faults(recipe: Recipe, pattern: str) -> Iterator[tuple[str, Any, str]]:
+    key = "evaluation.exact_match.pattern"
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        yield key, pattern, f"is no regular expression: {error}"
+        return
+    if groups != 1:
+        yield key, pattern, f"should have one group, in round brackets, and has {groups}"
+    if recipe.data.format == "text" or recipe.data.loss_on == "all":
+        yield key, pattern, "needs answers: rows of another format than text, and data.loss_on: assistant"
 
 
 def _loss_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
@@ -124,8 +143,8 @@ def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         elif loss.kind == "attention" and recipe.data.packing:
             yield f"losses.{index}.kind", loss.kind, "compares within one example; data.packing: false keeps them apart"
         shares = {teacher.weight for _, teacher in teachers}
-        mixed = loss.kind == "distillation" and loss.combine == "targets" and len(shares) > 1
-        if recipe.task == "causal_lm" and mixed and recipe.kernels != "reference":
+        mixed = recipe.task == "causal_lm" and recipe.kernels != "reference" and len(shares) > 1
+        if isinstance(loss, Distillation) and loss.combine == "targets" and mixed:
             message = "several teachers of a language model need equal weights for this, or combine: losses"
             yield f"losses.{index}.combine", loss.combine, message
         if loss.kind == "distillation" and loss.beta is not None and loss.divergence != "jsd":

@@ -198,13 +198,34 @@ class DeepSpeed(Section):
     """Where idle parameter shards live; ZeRO-3."""
 
 
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "mse", "perplexity", "loss"]
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "mse", "perplexity", "exact_match", "loss"]
+
+
+class Generation(Section):
+    prompts: Annotated[list[str], Field(min_length=1)]
+    """Each a user's turn where there is a chat template, and else the beginning of a text."""
+    max_new_tokens: Positive = 64
+    """At most; an answer ends by itself."""
+
+
+class ExactMatch(Section):
+    pattern: str
+    """A regular expression with one group, e.g. `#### (\\S+)`: what it finds last in the model's answer must be what it
+    finds last in the data's."""
+    max_new_tokens: Positive = 256
+    """At most; an answer ends by itself."""
+    limit: Positive | None = None
+    """The first rows of a split only: generating takes much longer than training."""
 
 
 class Evaluation(Section):
     metrics: list[Metric] | None = None
     """The loss is always among them; when absent all of the task's: accuracy, f1 and matthews, or pearson, spearman and
     mse, or perplexity."""
+    generate: Generation | None = None
+    """For causal_lm: prompts that the model continues after each evaluation, shown in Weights & Biases as a table."""
+    exact_match: ExactMatch | None = None
+    """For causal_lm: the share of rows that the model, generating, answers as the data does."""
     eval_steps: Positive | None = None
     """Optimizer steps between evaluations; once an epoch, and at the end, when absent."""
     per_device_eval_batch_size: Positive = 64
@@ -354,7 +375,9 @@ def teachers_of(recipe: Recipe) -> list[tuple[str, Teacher]]:
 
 
 def metrics_of(recipe: Recipe) -> tuple[Metric, ...]:
-    return tuple(recipe.evaluation.metrics) if recipe.evaluation.metrics else METRICS[recipe.task]
+    if recipe.evaluation.metrics:
+        return tuple(recipe.evaluation.metrics)
+    return METRICS[recipe.task] + (("exact_match",) if recipe.evaluation.exact_match else ())
 
 
 def best_metric_of(recipe: Recipe) -> Metric:

@@ -80,6 +80,7 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
     from fleetune.train.data import prepare
     from fleetune.train.distributed import World
     from fleetune.train.evaluate import evaluate
+    from fleetune.train.generate import exact_match, generator
     from fleetune.train.head import fuse_head
     from fleetune.train.model import auto_model, padding_id
 
@@ -112,7 +113,12 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             return run(model, model, inputs, Asked(), compute)
 
-    metrics = evaluate(forward, rows, recipe, padding_id(tokenizer) or 0, World(0, 1, 0, device))
+    world, padding, wanted = World(0, 1, 0, device), padding_id(tokenizer) or 0, recipe.evaluation.exact_match
+    metrics = evaluate(forward, rows, recipe, padding, world)
+    if wanted is not None:
+        generate = generator(model, padding, tokenizer, device, partitioned=False)
+        size = recipe.evaluation.per_device_eval_batch_size
+        metrics["exact_match"] = exact_match(wanted, rows, tokenizer, generate, size, world)
     return {"model": str(folder), "data": where, "rows": len(rows), "metrics": metrics}
 
 

@@ -6,7 +6,7 @@ Only there does ZeRO-3 have the whole weight, which is often the token embedding
 
 from __future__ import annotations
 
-import types
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,19 +41,19 @@ def fuse_head(model: Any) -> None:
     head, plain, plain_head = model.get_output_embeddings(), model.forward, model.get_output_embeddings().forward
     scale, softcap = _logit_terms(model.config)
 
-    def at_head(self: Any, hidden_states: torch.Tensor, compute: Callable[[Head], Any] | None = None) -> Any:
+    def at_head(hidden_states: torch.Tensor, compute: Callable[[Head], Any] | None = None) -> Any:
         if compute is None:
             return plain_head(hidden_states)
-        return compute(Head(hidden_states, self.weight, getattr(self, "bias", None), scale, softcap))
+        return compute(Head(hidden_states, head.weight, getattr(head, "bias", None), scale, softcap))
 
-    def forward(self: Any, *inputs: Any, compute: Callable[[Head, Any], Any] | None = None, **keywords: Any) -> Any:
+    @functools.wraps(plain)  # Transformers looks at its signature when it generates
+    def forward(*inputs: Any, compute: Callable[[Head, Any], Any] | None = None, **keywords: Any) -> Any:
         if compute is None:
             return plain(*inputs, **keywords)
-        outputs = self.get_decoder()(*inputs, **keywords)
+        outputs = model.get_decoder()(*inputs, **keywords)
         return head(outputs.last_hidden_state, lambda found: compute(found, outputs))
 
-    head.forward = types.MethodType(at_head, head)
-    model.forward = types.MethodType(forward, model)
+    head.forward, model.forward = at_head, forward
     model.has_fused_head = True
 
 

@@ -71,6 +71,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
                 continue
             progress.judge(metrics, recipe)
             note.evaluated(progress.step, metrics, progress.best_step == progress.step)
+            note.generated(progress.step, setup.continued())
             signals.beat("step")
 
         # Save with each evaluation that is the best, every save_steps or evaluation, and at the end.

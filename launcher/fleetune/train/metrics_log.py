@@ -12,6 +12,8 @@ from typing import Any
 
 from fleetune import runs
 
+GENERATED = "eval/generated"  # [[prompt, what the model said], ...]
+
 
 class MetricsLog:
     """RUN/metrics.jsonl, one JSON object a line. Rank 0 alone opens it.
@@ -34,7 +36,7 @@ class MetricsLog:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._left = b""  # what a full disk has not taken yet
 
-    def write(self, step: int, values: Mapping[str, float | int | str | None]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one line. A step may be written again with other keys; readers merge its lines.
 
         A float that is not finite becomes null, as JSON has no NaN. What a full disk does not take is written with the

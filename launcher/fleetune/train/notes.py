@@ -13,7 +13,7 @@ from fleetune import runs
 from fleetune.schema import Recipe
 from fleetune.train import tracking
 from fleetune.train.checkpoint import Saved
-from fleetune.train.metrics_log import MetricsLog
+from fleetune.train.metrics_log import GENERATED, MetricsLog
 from fleetune.train.progress import Progress
 from fleetune.train.speed import figures, step_line
 
@@ -65,6 +65,14 @@ class Notes:
             return
         self.books.log.write(step, {f"eval/{name}": value for name, value in metrics.items()})
         say(f"eval  {step}/{self.books.total_steps}  {figures(metrics)}{'  (best so far)' if is_best else ''}")
+
+    def generated(self, step: int, texts: list[list[str]]) -> None:
+        """Prompts, each with what the model said."""
+        if self.books is None or not texts:
+            return
+        self.books.log.write(step, {GENERATED: texts})
+        for prompt, text in texts:
+            say(f"said  {step}/{self.books.total_steps}  {prompt!r} -> {text!r}")
 
     def unwritten(self) -> str | None:
         """Why what was logged is not on disk, if it is not: no checkpoint may be ahead of metrics.jsonl."""

@@ -20,6 +20,7 @@ from fleetune.train.batches import Augmenter, MicroBatch, collate, collate_token
 from fleetune.train.data import Prepared, prepare
 from fleetune.train.distributed import World
 from fleetune.train.evaluate import evaluate
+from fleetune.train.generate import continued, exact_match, generator
 from fleetune.train.head import check_head, has_fused_head
 from fleetune.train.model import build_model, load_tokenizer, padding_id
 from fleetune.train.objectives import Term, build_penalties, build_terms
@@ -55,16 +56,36 @@ class Setup:
         if self.engine.module.training != torch.is_grad_enabled():
             self.engine.module.train(torch.is_grad_enabled())
         asked = Asked() if evaluate else self.asked
-        with torch.autocast(self.world.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
+        with self._precision():
             return run(self.engine, self.engine.module, inputs, asked, compute)
 
-    @property
-    def autocast(self) -> bool:
-        return self.recipe.training.bf16 and not engine.keeps_bf16_weights(self.recipe)
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        is_mixed = self.recipe.training.bf16 and not engine.keeps_bf16_weights(self.recipe)
+        return torch.autocast(self.world.device.type, torch.bfloat16) if is_mixed else contextlib.nullcontext()
 
     def evaluate(self, split: str) -> dict[str, float]:
         forward = functools.partial(self.forward, evaluate=True)
-        return evaluate(forward, self.data.splits[split], self.recipe, self.padding_id, self.world)
+        rows, recipe, evaluation = self.data.splits[split], self.recipe, self.recipe.evaluation
+        metrics = evaluate(forward, rows, recipe, self.padding_id, self.world)
+        if evaluation.exact_match is not None:
+            size = evaluation.per_device_eval_batch_size
+            metrics["exact_match"] = exact_match(
+                evaluation.exact_match, rows, self.tokenizer, self.generate, size, self.world
+            )
+        return metrics
+
+    def continued(self) -> list[list[str]]:
+        """The recipe's prompts with what the model says; a collective on ZeRO-3."""
+        return continued(self.recipe, self.tokenizer, self.generate)
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        self.engine.module.eval()
+        partitioned = self.recipe.deepspeed.zero_stage == 3 and self.world.world_size > 1
+        generate = generator(
+            self.engine.module, self.padding_id, self.tokenizer, self.world.device, partitioned=partitioned
+        )
+        with self._precision():
+            return generate(prompts, max_new_tokens)
 
     @property
     def padding_id(self) -> int:

@@ -28,6 +28,7 @@ import psutil
 import yaml
 
 from fleetune import runs
+from fleetune.train.metrics_log import GENERATED
 
 FLUSH_SECONDS = 1.0  # wandb writes its log this often; it loses what is younger when it is killed
 
@@ -53,8 +54,12 @@ class WandbRun:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Raises whatever wandb raises."""
-        numbers = {key: value for key, value in values.items() if not isinstance(value, str)}
-        self.of_wandb.log(numbers, step=step, commit=True)
+        shown = {key: value for key, value in values.items() if not isinstance(value, str | list)}
+        if GENERATED in values:
+            import wandb
+
+            shown[GENERATED] = wandb.Table(columns=["prompt", "said"], data=values[GENERATED])
+        self.of_wandb.log(shown, step=step, commit=True)
         self.last = step
 
     def finish(self, exit_code: int) -> bool:
