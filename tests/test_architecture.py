@@ -33,7 +33,7 @@ RULES = (
     Rule(
         f"{FLEETUNE}/**/*.py",
         ("deepspeed",),
-        tuple(f"{FLEETUNE}/train/{n}.py" for n in ("engine", "zero", "checkpoint")),
+        tuple(f"{FLEETUNE}/train/{n}.py" for n in ("engine", "zero", "checkpoint", "reshard")),
     ),
     Rule(f"{FLEETUNE}/**/*.py", ("wandb",), (f"{FLEETUNE}/train/wandb_run.py",)),
     Rule(f"{FLEETUNE}/**/*.py", ("submitit",), (f"{FLEETUNE}/cluster/submit.py",)),

@@ -150,7 +150,6 @@ def test_the_same_recipe_takes_up_the_same_run(tmp_path: Path) -> None:
         ({"losses__1__weight": 0.25}, ["losses.1.weight: 0.5 in the run, 0.25 now"]),
         ({"model__config__dropout": 0.1}, ["model.config.dropout: nothing in the run, 0.1 now"]),
         ({"model__freeze": ["*.bias"]}, ["model.freeze: nothing in the run, ['*.bias'] now"]),
-        ({"deepspeed__zero_stage": 3}, ["deepspeed.zero_stage: 2 in the run, 3 now"]),
         (
             {"losses": [{"kind": "cross_entropy"}]},
             [
@@ -185,7 +184,8 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(
         {"tracking__wandb": {"project": "p", "tags": ["a"]}},
         *({f"checkpoint__{key}": 99} for key in ("save_steps", "save_total_limit")),
         {"checkpoint__save_steps": "auto", "checkpoint__mtbf_hours": 30.0},
-        {"deepspeed__offload_optimizer": "cpu"},
+        {"deepspeed__zero_stage": 3, "deepspeed__offload_optimizer": "cpu"},
+        {"training__per_device_train_batch_size": 4, "training__gradient_accumulation_steps": 2},
         {"losses": [*VALUES["losses"]], "model__config": {}},
     ],
     ids="-".join,
@@ -209,17 +209,20 @@ def test_a_run_that_was_moved_goes_on(tmp_path: Path) -> None:
     assert moved.recipe().output_dir == str(tmp_path / "disk" / "runs")
 
 
-def test_another_layout_is_refused_once_there_is_a_checkpoint(tmp_path: Path) -> None:
+def test_other_ranks_go_on_where_the_global_batch_is_the_same(tmp_path: Path) -> None:
     run = open_run(recipe(tmp_path), LAYOUT)
-    open_run(recipe(tmp_path), LAYOUT | {"threads": 4})
-    assert run.info()["layout"]["threads"] == 4
     (run.checkpoints / "step-00000001").mkdir(parents=True)
-    assert refusal(recipe(tmp_path), LAYOUT | {"nproc_per_node": 4}).splitlines() == [
+    single = LAYOUT | {"nproc_per_node": 1, "threads": 2}
+    assert refusal(recipe(tmp_path), single).splitlines() == [
         f"{run.path} goes on only as it began (--fresh begins anew):",
-        "  nproc_per_node = 4: the run has 2",
-        "  threads = 1: the run has 4",
+        "  8 examples a step = 1 rank(s) x 1 micro-batch(es) x 8: the run's steps are of 16; "
+        "training.global_batch_size=16 keeps that on any number of ranks",
     ]
-    assert run.info()["layout"] == LAYOUT | {"threads": 4}
+    assert run.info()["layout"] == LAYOUT
+    open_run(recipe(tmp_path, training__global_batch_size=16), single)
+    assert run.info()["layout"] == single
+    open_run(recipe(tmp_path), LAYOUT)
+    assert run.info()["layout"] == LAYOUT
 
 
 def test_other_data_and_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:

@@ -11,12 +11,19 @@ from fleetune.runs import Run, append_jsonl, read_json, read_jsonl
 from fleetune.schema import RecipeError
 
 
-def start_attempt(run: Run, nodes: list[str], began: float | None = None, sent: float | None = None) -> int:
+def start_attempt(
+    run: Run,
+    nodes: list[str],
+    began: float | None = None,
+    sent: float | None = None,
+    layout: dict[str, int] | None = None,
+) -> int:
     """Records the attempt; returns its number, counted from 1.
 
     Args:
         began: when its nodes began to work for it, in seconds since the epoch; now, when absent.
         sent: when the run was sent to a cluster, in the same.
+        layout: its ranks and ZeRO stage, which the next attempt may have others of.
     """
     logged = (int(path.name.removeprefix("attempt-")) for path in run.logs(0).parent.glob("attempt-[0-9]*"))
     number = 1 + max([*(entry["attempt"] for entry in read_jsonl(run.attempts)), *logged], default=0)
@@ -31,6 +38,7 @@ def start_attempt(run: Run, nodes: list[str], began: float | None = None, sent: 
             "began": _iso(began),
             **({} if sent is None else {"sent": _iso(sent)}),
             "nodes": nodes,
+            **({} if layout is None else {"layout": layout}),
         },
     )
     return number

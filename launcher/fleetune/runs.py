@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from fleetune.batch import cut_batch
 from fleetune.recipe import dump_recipe, flatten, parse_recipe
 from fleetune.schema import Recipe, RecipeError
 
@@ -31,10 +32,14 @@ MAY_CHANGE = (
     "training.max_steps",
     "training.logging_steps",
     "training.hang_timeout",
+    # How a global batch is cut; the batch itself is compared.
+    "training.global_batch_size",
+    "training.gradient_accumulation_steps",
+    "training.per_device_train_batch_size",
     "tracking.",
     "checkpoint.",
     "retries.",
-    "deepspeed.offload_",
+    "deepspeed.",
     "teacher.deepspeed.offload_",
 )
 PACKAGES = ("fleetune", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "wandb")
@@ -113,13 +118,13 @@ def source_commit() -> str | None:
 def open_run(
     recipe: Recipe, layout: dict[str, int], fresh: bool = False, data: str | None = None, steps: int | None = None
 ) -> Run:
-    """Makes the recipe's run folder, or takes up the one that is there.
+    """Makes the recipe's run folder, or takes up the one that is there, on whatever ranks.
 
     `layout` holds nodes, nproc_per_node, threads; `data` is a hash of the prepared data; `steps` is the run's length.
 
     Raises:
-        RecipeError: the folder is of another recipe, layout, data or user, has gone further, is no run folder, cannot
-            be made, or is at work.
+        RecipeError: the folder is of another recipe, global batch, data or user, has gone further, is no run folder,
+            cannot be made, or is at work.
     """
     base = Path(recipe.output_dir) / recipe.name
     if fresh:
@@ -205,12 +210,25 @@ def _refuse_another_recipe(run: Run, recipe: Recipe, layout: dict[str, int], dat
         raise RecipeError(
             f"{run.path} is a run of another recipe (--fresh takes the next free name):\n  " + "\n  ".join(changed)
         )
-    stored = run.info()["layout"]
-    moved = [f"{key} = {layout[key]}: the run has {stored[key]}" for key in layout if stored.get(key) != layout[key]]
+    moved = _other_batch(run, recipe, layout) if run.recipe_file.exists() else []
     if data is not None and run.info().get("data", data) != data:
         moved.append("the data are not those it was trained on: a file, what is made of it, or a teacher has changed")
     if moved and any(run.checkpoints.glob("step-*")):
         raise RecipeError(f"{run.path} goes on only as it began (--fresh begins anew):\n  " + "\n  ".join(moved))
+
+
+def _other_batch(run: Run, recipe: Recipe, layout: dict[str, int]) -> list[str]:
+    """A line where the steps are not of as many examples as before."""
+    before, now = (
+        cut_batch(one.training, place["nodes"] * place["nproc_per_node"])
+        for one, place in ((run.recipe(), run.info()["layout"]), (recipe, layout))
+    )
+    size = before.global_batch_size
+    if size == now.global_batch_size:
+        return []
+    return [
+        f"{now}: the run's steps are of {size}; training.global_batch_size={size} keeps that on any number of ranks"
+    ]
 
 
 def is_finished(run: Run, steps: int) -> bool:

@@ -25,12 +25,16 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Job:
-    """Trains the run in `folder`, or writes one of its gradients to `gradient`."""
+    """Trains the run in `folder`, or writes one of its gradients to `gradient`.
+
+    With `values` the folder is opened first, as this recipe on as many ranks.
+    """
 
     folder: str
     gradient: str | None = None
     batch: int = 0
     float64: bool = False
+    values: dict[str, Any] | None = None
 
 
 def make_run(values: dict[str, Any], world_size: int) -> runs.Run:
@@ -118,8 +122,12 @@ def main() -> None:
     _import_everything()
     from torch.multiprocessing import start_processes
 
-    for world_size, jobs in json.loads(sys.argv[1]):
-        arguments = (world_size, _free_port(), [Job(**job) for job in jobs])
+    for world_size, described in json.loads(sys.argv[1]):
+        jobs = [Job(**job) for job in described]
+        for job in jobs:
+            if job.values is not None:
+                make_run(job.values, world_size)
+        arguments = (world_size, _free_port(), jobs)
         start_processes(_work, arguments, nprocs=world_size, start_method="fork")
 
 

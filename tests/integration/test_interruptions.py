@@ -302,18 +302,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert is_the_same(unbroken, workspace / "damaged")
 
 
-def test_another_layout_and_other_data_are_refused(workspace: Path, unbroken: tuple[Path, float, float]) -> None:
+def test_another_global_batch_and_other_data_are_refused(workspace: Path, unbroken: tuple[Path, float, float]) -> None:
     """What would not be the same run is an error before anything starts; tests/test_runs.py has each by itself."""
     attempts = (unbroken[0] / "attempts.jsonl").read_bytes()
     rows = (workspace / "train.jsonl").read_text(encoding="utf-8")
     (workspace / "train.jsonl").write_text(rows.replace("good", "better", 1), encoding="utf-8")
     command = [sys.executable, "-m", "fleetune.cli", "run", str(workspace / "unbroken.yaml"), "training.max_steps=20"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command += ["training.global_batch_size=8"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     finally:
         (workspace / "train.jsonl").write_text(rows, encoding="utf-8")
     assert done.returncode == runs.WRONG, done.stdout + done.stderr
-    for said in ("nproc_per_node = 1: the run has 2", "threads = 2: the run has 1", "the data are not those"):
+    for said in ("8 examples a step", "the run's steps are of 16", "the data are not those"):
         assert said in done.stderr
     assert (unbroken[0] / "attempts.jsonl").read_bytes() == attempts

@@ -90,6 +90,10 @@ class Layout:
     def stored(self) -> dict[str, int]:
         return {"nodes": self.nodes, "nproc_per_node": self.nproc_per_node, "threads": self.threads}
 
+    def of(self, recipe: Recipe) -> dict[str, int]:
+        """As an attempt's line has it: with what the recipe says of how the model is cut."""
+        return {**self.stored(), "zero_stage": recipe.deepspeed.zero_stage}
+
 
 def plan_layout(nodes: int, nproc_per_node: int | None) -> Layout:
     """Raises RecipeError where there are fewer GPUs than ranks."""
@@ -201,7 +205,7 @@ def run_recipe(
     `began` is when preparing it began, where that counts to its time.
 
     Raises:
-        RecipeError: the run folder is of another recipe, data or layout, or another attempt is at work in it.
+        RecipeError: the run folder is of another recipe, data or global batch, or another attempt is at work in it.
         StoppedEarly: asked to stop before it began.
     """
     if stop:
@@ -215,7 +219,7 @@ def run_recipe(
             f"{socket.gethostname()}/{node}" if layout.nodes > 1 else socket.gethostname()
             for node in range(layout.nodes)
         ]
-        attempt = start_attempt(run, nodes, began)
+        attempt = start_attempt(run, nodes, began, layout=layout.of(recipe))
         code, reason = runs.FAILED, "interrupted"
         try:
             program = ["fleetune.train", str(run.path)]

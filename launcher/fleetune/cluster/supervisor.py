@@ -128,7 +128,7 @@ def _lead(run: runs.Run, task: Task, notes: Path) -> Any:
     with _patient_lease(run) as lease:
         hosts = slurm.hosts(task.node_list)
         began = psutil.Process().create_time()
-        attempt = start_attempt(run, hosts, began, sent_at(run))
+        attempt = start_attempt(run, hosts, began, sent_at(run), layout.of(recipe))
         address, port = _meeting_place(hosts)
         _note(notes, "start", {"attempt": attempt, "address": address, "port": port, "time": time.time()})
         yield lease.beat

@@ -30,8 +30,9 @@ import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from fleetune import runs
+from fleetune.batch import cut_batch
 from fleetune.schema import Checkpoint
-from fleetune.train import signals
+from fleetune.train import reshard, signals
 from fleetune.train.distributed import World, barrier, gather_objects
 from fleetune.train.manifest import MANIFEST, checkpoint_path, prune, read_manifest, sealed
 from fleetune.train.speed import available_memory
@@ -80,7 +81,7 @@ class Saver(TorchCheckpointEngine):  # type: ignore[misc]
     def __init__(self, engine: Any, run: runs.Run, world: World, settings: Checkpoint, saved_step: int) -> None:
         super().__init__()
         self.engine, self.folder, self.world, self.settings = engine, run.checkpoints, world, settings
-        self.run_id = run.info()["id"]
+        self.run_id, self.layout = run.info()["id"], layout_of(run, world)
         self.saved_step = saved_step  # the last that is a checkpoint
         self.started_step = saved_step  # the last that was to be one
         self.failures = 0
@@ -183,8 +184,7 @@ class Saver(TorchCheckpointEngine):  # type: ignore[misc]
         """The main rank's: everything is synced before the rename, and the rename after it."""
         beside, final = save.beside, checkpoint_path(self.folder, save.step)
         files["state.json"] = _write_bytes(beside / "state.json", save.state.encode())
-        layout = {"world_size": self.world.world_size, "threads": torch.get_num_threads()}
-        manifest = {"run": self.run_id, "step": save.step, **layout}
+        manifest = {"run": self.run_id, "step": save.step, **self.layout}
         _write_bytes(beside / MANIFEST, sealed({**manifest, "files": dict(sorted(files.items()))}).encode())
         for path in (beside / "engine", beside):
             _sync(path)
@@ -278,24 +278,61 @@ def _copied(state: Any, seen: dict[tuple[Any, ...], torch.Tensor]) -> Any:
 # ---------------------------------------------------------------- loading
 
 
-def load(engine: Any, path: Path, world: World) -> dict[str, Any]:
-    """Restores a verified checkpoint into the engine and the random generators; returns its state.
+LAYOUT = {
+    "world_size": "ranks",
+    "nodes": "nodes",
+    "threads": "threads a rank",
+    "micro_batch_size": "micro-batch",
+    "zero_stage": "ZeRO stage",
+    "offload_optimizer": "offload_optimizer",
+    "offload_param": "offload_param",
+}
 
-    Raises:
-        ValueError: it is of another number of ranks or threads, which would give other numbers.
+
+def layout_of(run: runs.Run, world: World) -> dict[str, Any]:
+    """How the run is cut here: what decides the order in which numbers are added, and so their last bits."""
+    recipe = run.recipe()
+    return {
+        "world_size": world.world_size,
+        "nodes": run.info()["layout"]["nodes"],
+        "threads": torch.get_num_threads(),
+        "micro_batch_size": cut_batch(recipe.training, world.world_size).micro_batch_size,
+        **recipe.deepspeed.model_dump(),
+    }
+
+
+def load(engine: Any, path: Path, run: runs.Run, world: World) -> tuple[dict[str, Any], str | None]:
+    """Restores a verified checkpoint into the engine and the random generators.
+
+    Returns its state, and for one of another layout a line that says so. Other ranks than it was made on cannot keep
+    their random states: these, which dropout draws from, begin anew from the seed, the rank and the step.
     """
-    manifest = read_manifest(path)
-    for name, value in (("world_size", world.world_size), ("threads", torch.get_num_threads())):
-        if manifest[name] != value:
-            raise ValueError(f"{path}: is of {name} {manifest[name]}, and this is {value}")
-    engine.load_checkpoint(str(path), tag="engine")
-    _restore_random_state(torch.load(path / f"rank-{world.rank}.pt", weights_only=True))
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    manifest, state = read_manifest(path), json.loads((path / "state.json").read_text(encoding="utf-8"))
+    load_weights(engine, path, world)
+    if manifest["world_size"] == world.world_size:
+        _restore_random_state(torch.load(path / f"rank-{world.rank}.pt", weights_only=True))
+    else:
+        _seed(run.recipe().training.seed, world.rank, state["step"])
+    layout = layout_of(run, world)
+    moved = [
+        f"{said} {manifest[key]}, now {layout[key]}"
+        for key, said in LAYOUT.items()
+        if manifest.get(key, layout[key]) != layout[key]
+    ]
+    if not moved:
+        return state, None
+    return state, (
+        f"{path.name} is of another layout ({'; '.join(moved)}) and is converted: from here the run is the same "
+        "to rounding, no more bit for bit"
+    )
 
 
-def load_weights(engine: Any, path: Path) -> None:
+def load_weights(engine: Any, path: Path, world: World) -> None:
     """For evaluating the best checkpoint at the end. All of it: ZeRO-3's weights stand in the optimizer's shards."""
-    engine.load_checkpoint(str(path), tag="engine")
+    if reshard.is_native(engine, path / "engine", world.world_size):
+        engine.load_checkpoint(str(path), tag="engine")
+    else:
+        reshard.load(engine, path / "engine")
 
 
 def _sync(path: Path) -> None:
@@ -304,6 +341,13 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _seed(seed: int, rank: int, step: int) -> None:
+    for_torch, for_numpy, for_python = np.random.SeedSequence([seed, rank, step]).generate_state(3).tolist()
+    torch.manual_seed(for_torch)
+    np.random.seed(for_numpy)
+    random.seed(for_python)
 
 
 def _random_state() -> dict[str, Any]:

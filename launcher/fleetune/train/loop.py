@@ -148,12 +148,15 @@ def _resume(setup: Setup) -> tuple[Progress, float]:
     """From the newest good checkpoint, or from the start; and the seconds that took."""
     start = time.perf_counter()
     found, damaged = manifest.newest_good(setup.run, setup.world)
-    progress = Progress(**(checkpoint.load(setup.engine, found, setup.world) if found is not None else {}))
+    state, moved = checkpoint.load(setup.engine, found, setup.run, setup.world) if found is not None else ({}, None)
+    progress = Progress(**state)
     if setup.world.is_main:
         for problem in damaged:
             say(f"checkpoint {problem}")
         if damaged and found is not None:
             say(f"checkpoint {found.name} is used")
+        if moved is not None:
+            say(f"checkpoint {moved}")
         precision = "bf16" if setup.recipe.training.bf16 else "fp16" if setup.recipe.training.fp16 else "fp32"
         begin = f"resuming after step {progress.step}" if found else "training"
         say(
@@ -218,7 +221,7 @@ def _finish(setup: Setup, progress: Progress) -> bool:
     if progress.best_step is not None and progress.best_step != progress.step:
         best = manifest.checkpoint_path(run.checkpoints, progress.best_step)
         if manifest.problem_of(best, run, world) is None:
-            checkpoint.load_weights(setup.engine, best)
+            checkpoint.load_weights(setup.engine, best, world)
         else:
             progress.best_step, progress.best_metrics = None, progress.last_metrics
             if world.is_main:
