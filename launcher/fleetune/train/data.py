@@ -24,17 +24,13 @@ from fleetune.schema import Recipe, RecipeError, Source
 from fleetune.train import language
 from fleetune.train.cache import SPLITS, cache_folder, cache_key, file_hash, locked
 from fleetune.train.cleaning import Rows, clean
-from fleetune.train.sources import DataError, Ints, Table, no_column, open_source
+from fleetune.train.sources import DataError, Ints, Table, no_column, open_source, row_of, weights_of
 
 DROP_UNLABELLED = "; drop such rows with the cleaning step drop_empty"
 PIECE = 1000  # rows that are tokenised at once: what the tokenizer holds of them goes with their full, uncut length
 
 
 # ---------------------------------------------------------------- labels
-
-
-def _row(number: Any, key: str) -> str:
-    return f"row {number} of {key} (counted from 0)"
 
 
 def _read_rows(recipe: Recipe, source: Source, key: str) -> Rows:
@@ -48,12 +44,12 @@ def _read_rows(recipe: Recipe, source: Source, key: str) -> Rows:
         if column is not None and column not in table.columns:
             raise no_column(f"data.{field}", column, table.names)
     columns = [_texts(table, column, key) for column in text_columns]
-    weights = None if weight_column is None else _weights(table, weight_column)
+    weights = None if weight_column is None else weights_of(table, weight_column)
     labels = [None if isinstance(label, float) and np.isnan(label) else label for label in table.columns[others[0]]]
     for i, label in enumerate(labels):
         if not isinstance(label, str | int | float | None):
             raise DataError(
-                f"data.label_column = {others[0]!r}: {_row(table.index[i], key)} has {label!r}, which is no label "
+                f"data.label_column = {others[0]!r}: {row_of(table.index[i], key)} has {label!r}, which is no label "
                 "(a number or a name)"
             )
     return Rows(list(zip(*columns, strict=True)), labels, weights, table.index, table.class_names.get(others[0]))
@@ -66,7 +62,7 @@ def _texts(table: Table, column: str, key: str) -> list[str]:
     cells = table.columns[column]
 
     def place(i: int) -> str:
-        return f"data.text_column = {column!r}: {_row(table.index[i], key)}"
+        return f"data.text_column = {column!r}: {row_of(table.index[i], key)}"
 
     for i, cell in enumerate(cells):
         if not isinstance(cell, str):
@@ -76,19 +72,6 @@ def _texts(table: Table, column: str, key: str) -> list[str]:
         elif not cell.isascii() and _SURROGATE.search(cell):
             raise DataError(f"{place(i)} is not valid Unicode, it has half of a surrogate pair: {cell[:80]!r}")
     return cells
-
-
-def _weights(table: Table, column: str) -> list[float]:
-    for i, value in enumerate(table.columns[column]):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
-            raise DataError(
-                f"data.weight_column = {column!r}: {_row(table.index[i], 'train')} has {value!r}, "
-                "which is no weight (a number, 0 or more)"
-            )
-    weights = [float(value) for value in table.columns[column]]
-    if not any(weights):
-        raise DataError(f"data.weight_column = {column!r}: every weight of train is 0")
-    return weights
 
 
 def _label_names(recipe: Recipe, train: Rows) -> list[str]:
@@ -134,9 +117,9 @@ def _are_numbers(names: Iterable[str]) -> bool:
 def _labelled(recipe: Recipe, key: str, number: Any) -> str:
     """Where a label stands: the row's number in its source, also where that was cut in two."""
     if key == "validation" and recipe.data.validation_fraction is not None:
-        row = f"{_row(number, 'train')}, which data.validation_fraction puts into validation,"
+        row = f"{row_of(number, 'train')}, which data.validation_fraction puts into validation,"
     else:
-        row = _row(number, key)
+        row = row_of(number, key)
     return f"data.label_column = {recipe.data.label_column!r}: {row}"
 
 

@@ -13,7 +13,7 @@ from fleetune.train.cleaning import Rows
 from fleetune.train.conversations import Encoded, Encoder, cut, learns_to_stop, show
 from fleetune.train.formats import FORMATS, Format, NothingToLearn, columns_of, find_format
 from fleetune.train.packing import pack
-from fleetune.train.sources import DataError, Ints, no_column, open_source
+from fleetune.train.sources import DataError, Ints, no_column, open_source, row_of, weights_of
 
 NAMES = ("role", "from")  # keys that say whose a text is: no text themselves
 BINS = 10  # of the lengths' histogram
@@ -34,7 +34,7 @@ def read_rows(recipe: Recipe, source: Source, key: str) -> Rows:
             f"data.{key}.path = {source.path!r}: has none of the columns that a format reads; it has "
             f"{', '.join(table.names)}; data.text_column names the one of plain text"
         )
-    weights = None if weight_column is None else table.columns[weight_column]
+    weights = None if weight_column is None else weights_of(table, weight_column)
     return Rows([tuple(_texts(row)) for row in rows], rows, weights, table.index)
 
 
@@ -113,7 +113,7 @@ def _encoded(recipe: Recipe, tokenizer: Any, format_: Format, key: str, rows: Ro
         except NothingToLearn:
             yield None
         except ValueError as error:
-            raise DataError(f"row {rows.index[i]} of {key} (counted from 0): {error}") from None
+            raise DataError(f"{row_of(rows.index[i], key)}: {error}") from None
 
 
 def _find_format(recipe: Recipe, key: str, rows: Rows) -> Format:

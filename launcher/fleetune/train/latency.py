@@ -24,6 +24,7 @@ from fleetune.schema import Recipe, RecipeError
 from fleetune.train.batches import collate
 from fleetune.train.data import DataError, Split, prepare
 from fleetune.train.evaluate_folder import recipe_and_model
+from fleetune.train.model import auto_model, padding_id
 from fleetune.train.report import print_report
 
 BATCH_SIZES = (1, 32)
@@ -47,12 +48,12 @@ class Subject:
 
 def load(folder: Path) -> Subject:
     """Raises RecipeError for what is no trained model, or one that runs code of its own."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
     recipe, path = recipe_and_model(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False, dtype=torch.float32)
+        model = auto_model(recipe).from_pretrained(path, trust_remote_code=False, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise RecipeError(f"{folder}: cannot be loaded: {error}") from error
     found = _rows(recipe, tokenizer)
@@ -60,7 +61,7 @@ def load(folder: Path) -> Subject:
         batches = {size: _random_batch(size, recipe.data.max_length, model.config.vocab_size) for size in BATCH_SIZES}
         return Subject(folder, model.eval(), batches, "random")
     source, split = found
-    batches = {size: typical_batch(split, size, tokenizer.pad_token_id) for size in BATCH_SIZES}
+    batches = {size: typical_batch(split, size, padding_id(tokenizer) or 0) for size in BATCH_SIZES}
     return Subject(folder, model.eval(), batches, source)
 
 
