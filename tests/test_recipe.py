@@ -325,13 +325,13 @@ def test_a_folder_of_that_name_goes_before_the_hub(folder: Path) -> None:
         ("data.train.path", "nothing.tsv", "there is no such file"),
         ("data.train.path", "./nothing", "there is no such file"),
         ("data.train.path", ".", "should be a file that ends in .tsv, .csv"),
-        ("data.test.path", "notes.txt", "should be a file that ends in .tsv, .csv"),
+        ("data.test.path", "notes.doc", "should be a file that ends in .tsv, .csv"),
         ("model.model_name_or_path", "./nothing", "there is no such folder"),
         ("model.model_name_or_path", "~nobody-of-this-name/m", "there is no such user"),
     ],
 )
 def test_a_path_that_leads_nowhere_is_named(folder: Path, key: str, path: str, reason: str) -> None:
-    Path("notes.txt").touch()
+    Path("notes.doc").touch()
     said = refusal(write(folder), f"{key}={path}")
     assert said.startswith(f"command line: {key} = ")
     assert reason in said

@@ -55,13 +55,13 @@ def test_a_split_of_the_recipe_and_the_same_rows_as_a_file(folder: Path) -> None
     ("name", "text", "said"),
     [
         ("none.jsonl", None, "--data {file}: there is no such file"),
-        ("rows.txt", "text", "--data {file}: should be a file that ends in .tsv, .csv, .json, .jsonl, .parquet"),
+        ("rows.xlsx", "text", "--data {file}: should be a file that ends in .tsv, .csv, .json, .jsonl, .parquet"),
         ("broken.jsonl", "{", "--data '{file}': cannot be read: line 1: "),
         ("empty.jsonl", "", "--data '{file}': has no rows"),
         ("unlabelled.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": null}\n', ROW + "has no label"),
         ("other.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 7}\n', ROW + "has 7, which is none of the"),
     ],
-    ids=lambda value: value if value and value.endswith(("l", ".txt")) else "",
+    ids=lambda value: value if value and value.endswith(("l", ".xlsx")) else "",
 )
 def test_a_fault_of_other_data_names_the_option(
     folder: Path, tmp_path: Path, name: str, text: str | None, said: str
