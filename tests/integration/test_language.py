@@ -120,7 +120,7 @@ def test_the_gradient_is_the_same_packed_or_not_however_it_is_cut(
     assert float(sum(tensor.square().sum() for tensor in truth.values())) > 1e-4
     for key, found in gradients.items():
         if key[-1] == float64:
-            assert difference(found, truth).whole < bound, key
+            assert difference(truth, found).whole < bound, key
 
 
 def test_no_token_of_a_pack_sees_another_example(folder: Path) -> None:

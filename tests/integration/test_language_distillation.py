@@ -97,7 +97,7 @@ def test_losses_are_those_of_the_plain_logits(done: tuple[dict[Any, Any], Any]) 
 def test_the_gradient_is_that_of_the_plain_logits(done: tuple[Any, dict[Any, dict[str, torch.Tensor]]]) -> None:
     _, gradients = done
     for (form, float64), found in gradients.items():
-        assert difference(found, gradients[TRUTH, True]).whole < (1e-10 if float64 else 2e-6), form
+        assert difference(gradients[TRUTH, True], found).whole < (1e-10 if float64 else 2e-6), form
 
 
 def test_the_losses_are_the_formulas(folder: Path, done: tuple[dict[Any, Any], Any]) -> None:
