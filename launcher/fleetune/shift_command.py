@@ -100,16 +100,17 @@ def _print(report: dict[str, Any]) -> None:
     null, differ = report["null"], report["p_value"] < SIGNIFICANT
     typer.echo(
         f"MMD²      {report['mmd']:.3g}; of {report['permutations']} shuffles of all rows 95 % are below "
-        f"{null['quantile_95']:.3g}, all below {null['largest']:.3g}"
+        f"{null['quantile_95']:.3g}, the largest is {null['largest']:.3g}"
     )
     typer.echo(f"p         {report['p_value']:.4f}: " + ("they differ" if differ else "nothing says that they differ"))
     if report["rows_in_both"]:
         typer.echo(f"warning   {report['rows_in_both']} rows of A stand in B too, which hides what differs")
     for side in (report["a"], report["b"]):
-        table = Table(title=f"most typical of {side['path']} ({side['rows']} rows)", title_justify="left")
+        typer.echo(f"most typical of {side['path']} ({side['rows']} rows)")
+        table = Table()
         table.add_column("row, from 0", justify="right", no_wrap=True)
         table.add_column("witness", justify="right", no_wrap=True)
-        table.add_column("text", no_wrap=True, overflow="ellipsis")
+        table.add_column("text")
         for row in side["typical"]:
             table.add_row(str(row["row"]), f"{row['witness']:.3f}", escape(row["text"]))
         print_table(table, WIDTH)

@@ -27,14 +27,13 @@ from fleetune.recipe import local_or_hub
 from fleetune.schema import DATA_SUFFIXES, Model, RecipeError, Source
 from fleetune.strict_yaml import parse_yaml
 from fleetune.train.features import BATCH_SIZE, load_encoder, mean_pooled
-from fleetune.train.gaussian_kernel import NUM_KERNELS, GaussianKernel
+from fleetune.train.gaussian_kernel import GaussianKernel
 from fleetune.train.model import ModelError
 from fleetune.train.report import print_report
 from fleetune.train.sources import DataError, Ints, no_column, open_source
 from fleetune_kernels.mmd import mmd
 
 BLOCK_BYTES = 32 * 2**20
-ROUNDING = 1e-7 * NUM_KERNELS  # two values of MMD² that are nearer than this are equal
 TOLD_ROWS = 1024
 TEXT_LENGTH = 200  # characters of a row's text in the report
 
@@ -45,11 +44,12 @@ TEXT_LENGTH = 200  # characters of a row's text in the report
 class TwoSample:
     mmd: float  # MMD², unbiased: below 0 where the sides are as alike as any two halves
     null: torch.Tensor  # (P,) that of the shuffles
+    rounding: float  # two values of MMD² that are nearer than this are equal
     witness: torch.Tensor  # (n + m,) of A's rows, then B's; above 0 is nearer to A
 
     @property
     def p_value(self) -> float:
-        as_large = int((self.null >= self.mmd - ROUNDING).sum())
+        as_large = int((self.null >= self.mmd - self.rounding).sum())
         return (1 + as_large) / (1 + len(self.null))
 
 
@@ -65,13 +65,19 @@ def two_sample(a: torch.Tensor, b: torch.Tensor, permutations: int = 1000, seed:
     null = _unbiased(quadratic, shuffled.double() @ to_all, float(to_all.sum()), n, m)
     to_b = to_all - to_a
     witness = to_a / (n - is_a) - to_b / (m - 1 + is_a)
-    return TwoSample(float(mmd(a, b, estimator="unbiased")), null.cpu(), witness.cpu())
+    observed = float(mmd(a.float(), b.float(), estimator="unbiased"))
+    return TwoSample(observed, null.cpu(), max(1e-6, 1e-5 / min(n, m)), witness.cpu())
+
+
+def _share(n: int, m: int) -> float:
+    """About n / N. Taken off u, what is summed is small and keeps its digits; a 256th is exact in fp32, and 1 - it."""
+    return round(256 * n / (n + m)) / 256
 
 
 def _shuffles(n: int, m: int, count: int, seed: int) -> torch.Tensor:  # (P, N)
-    """Each row is one shuffle, which puts n of the rows on side A: the vector u - n / N, whose sum is 0."""
+    """Each row is one shuffle, which puts n of the rows on side A: s = u - share."""
     generator = torch.Generator().manual_seed(seed)
-    shuffles = torch.full((count, n + m), -n / (n + m))
+    shuffles = torch.full((count, n + m), -_share(n, m))
     for shuffle in shuffles:
         shuffle[torch.randperm(n + m, generator=generator)[:n]] += 1
     return shuffles
@@ -102,7 +108,7 @@ def _unbiased(
     quadratic: torch.Tensor, linear: torch.Tensor, everything: float, n: int, m: int
 ) -> torch.Tensor:  # (P,), (P,) -> (P,)
     """MMD² of each shuffle, of s'Ks, s'K1 and 1'K1, where s = u - share and K has no diagonal."""
-    share = n / (n + m)
+    share = _share(n, m)
     from_a = linear + share * everything  # u'K1
     within_a = quadratic + 2 * share * linear + share**2 * everything  # u'Ku
     across = from_a - within_a
