@@ -37,11 +37,11 @@ RULES = (
     ),
     Rule(f"{FLEETUNE}/**/*.py", ("wandb",), (f"{FLEETUNE}/train/wandb_run.py",)),
     Rule(f"{FLEETUNE}/**/*.py", ("submitit",), (f"{FLEETUNE}/cluster/submit.py",)),
-    # The losses, and the heads that are fused with theirs.
+    # The losses, the heads that are fused with theirs, and the test of two samples by one of them.
     Rule(
         f"{FLEETUNE}/**/*.py",
         ("fleetune_kernels",),
-        tuple(f"{FLEETUNE}/train/{name}.py" for name in ("objectives", "model")),
+        tuple(f"{FLEETUNE}/train/{name}.py" for name in ("objectives", "model", "shift")),
     ),
     # torch and what brings it stand in train/ alone; the launcher starts it as a program.
     Rule(f"{FLEETUNE}/*.py", (*HEAVY, "fleetune.train")),

@@ -21,9 +21,21 @@ from fleetune.schema import Recipe
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("run", "submit", "status", "watch", "why", "cancel", "logs"),
-    *("check", "doctor", "teach", "eval", "compare", "verify", "sync", "schema"),
+    *("check", "doctor", "teach", "eval", "compare", "shift", "verify", "sync", "schema"),
 )
-HEAVY = {"torch", "transformers", "deepspeed", "datasets", "wandb", "submitit", "numpy", "yaml", "psutil"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "deepspeed",
+    "datasets",
+    "wandb",
+    "submitit",
+    "numpy",
+    "yaml",
+    "psutil",
+    "matplotlib",
+    "sklearn",
+}
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "launcher"), str(ROOT / "kernels")])}
 
 

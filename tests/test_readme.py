@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = re.findall(r"^\$ (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
 FLEETUNE = [shlex.split(command)[1:] for command in COMMANDS if command.startswith("fleetune ")]
 SHORT = ["training.max_steps=3", "data.train.limit=200"]  # the same commands, with less to do
+DATA = "$FLEETUNE_DATA"  # the public data sets, which are not always there
 
 
 def needs_hub(arguments: list[str]) -> bool:
@@ -41,6 +42,7 @@ def test_the_readme_shows_every_command() -> None:
         "eval",
         "compare",
         "teach",
+        "shift",
         "sync",
         "schema",
     }
@@ -58,11 +60,16 @@ def test_the_recipe_that_it_shows_trains_what_the_shipped_one_does(tmp_path: Pat
 
 
 @pytest.mark.parametrize("arguments", [a for a in FLEETUNE if not needs_hub(a)], ids=" ".join)
-def test_runs(folder: Path, arguments: list[str]) -> None:
+def test_runs(folder: Path, arguments: list[str], request: pytest.FixtureRequest) -> None:
+    if any(DATA in argument for argument in arguments):
+        there = str(request.getfixturevalue("shared_data"))
+        arguments = [argument.replace(DATA, there) for argument in arguments]
     wrong = any("learning_rte" in argument for argument in arguments)
     shorter = SHORT if arguments[0] in ("run", "check", "teach") else []
     if arguments[0] == "verify":
         shorter = ["data.train.limit=200", "--steps", "3", "--kills", "1"]
+    if arguments[0] == "shift":
+        shorter = ["--limit", "20", "--permutations", "99"]
     command = [sys.executable, "-m", "fleetune.cli", *arguments, *shorter]
     with serving() as server:  # for `sync`, which needs one
         environment = os.environ | wandb_environment(server.url, folder)

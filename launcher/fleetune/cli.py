@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fleetune import cluster_commands
-from fleetune.terminal import Nodes, Nproc, Overrides, RecipeFile, fail, load, print_table
+from fleetune import cluster_commands, shift_command
+from fleetune.terminal import Nodes, Nproc, Overrides, RecipeFile, answer_of, fail, load, print_table
 
 if TYPE_CHECKING:
     from fleetune.cluster.local import Layout, Outcome, Stop
@@ -204,34 +203,17 @@ def teach(
     ] = None,
 ) -> None:
     """Run a recipe's teacher once over the training rows and store its logits, for `teacher.cache`."""
-    import json
     import shlex
-    import subprocess
     import tempfile
 
-    from fleetune.cluster import local
     from fleetune.recipe import dump_recipe
 
     loaded, _ = _prepare(recipe, load(recipe, overrides), _plan(1, 1))
     folder = out or Path(loaded.output_dir) / f"{loaded.name}-taught"
-    said: list[str] = []
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         file.write(dump_recipe(loaded))
         file.flush()
-        command = [sys.executable, "-m", "fleetune.train.teacher_cache", file.name, str(folder)]
-        process = subprocess.Popen(
-            command, env=local.rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stderr is not None
-        for line in process.stderr:
-            said.append(line)
-            if line.startswith("taught "):
-                typer.echo(line.rstrip())
-        report = process.stdout.read()
-    if process.wait():
-        fail(local.error_of("".join(said)), process.returncode)
-    taught = json.loads(report)
+        taught = answer_of("teacher_cache", [file.name, str(folder)], shown="taught ")
     typer.echo(f"{folder}: {len(taught['labels'])} logits of each of {taught['rows']} rows")
     key = taught["key"]
     typer.echo(f"train with it: {key}.model_name_or_path=null {shlex.quote(f'{key}.cache={folder}')}")
@@ -252,20 +234,12 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a trained model on test or other data."""
-    import json
-    import subprocess
-
     from rich.table import Table
 
-    from fleetune.cluster import local
-
-    command = [sys.executable, "-m", "fleetune.train.evaluate_folder", str(run_or_model)]
-    command += ["--data", data] if data is not None else []
-    command += ["--split", split] if split is not None else []
-    done = subprocess.run(command, env=local.rank_environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        fail(local.error_of(done.stderr), done.returncode)
-    report = json.loads(done.stdout)
+    arguments = [str(run_or_model)]
+    arguments += ["--data", data] if data is not None else []
+    arguments += ["--split", split] if split is not None else []
+    report = answer_of("evaluate_folder", arguments)
     table = Table(title=f"{report['model']} on {report['data']} ({report['rows']} rows)", title_justify="left")
     for name in report["metrics"]:
         table.add_column(name, justify="right")
@@ -324,6 +298,9 @@ def _print_comparison(
             runs.write_json(json_file, comparison.as_json(rows, machine))
         except OSError as error:
             fail(f"--json {json_file}: cannot be written: {error.strerror}")
+
+
+app.command()(shift_command.shift)
 
 
 @app.command()

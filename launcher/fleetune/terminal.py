@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -53,6 +53,33 @@ def load(file: Path, overrides: list[str] | None) -> Recipe:
         if is_profile(file):
             fail(f"{file}: is a cluster profile, not a recipe; it goes after --cluster")
         fail(str(error))
+
+
+def answer_of(program: str, arguments: list[str], shown: str | None = None) -> dict[str, Any]:
+    """The JSON that a program of `train/` answers with; its lines that begin with `shown` are shown as they come.
+
+    Leaves the program where that one fails.
+    """
+    import json
+    import subprocess
+    import tempfile
+
+    from fleetune.cluster import local
+
+    command, said = [sys.executable, "-m", f"fleetune.train.{program}", *arguments], []
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as answer:
+        process = subprocess.Popen(
+            command, env=local.rank_environment(), stdout=answer, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line)
+            if shown is not None and line.startswith(shown):
+                typer.echo(line.rstrip())
+        if process.wait():
+            fail(local.error_of("".join(said)), process.returncode)
+        answer.seek(0)
+        return json.load(answer)  # type: ignore[no-any-return]
 
 
 def print_table(table: Table, width: int = 200) -> None:
