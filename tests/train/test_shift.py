@@ -231,7 +231,7 @@ def test_without_a_model_it_says_what_one_is(folder: Path) -> None:
     ("options", "said"),
     [
         ({"a": "{}/none.jsonl"}, "A = {}/none.jsonl: there is no such file"),
-        ({"b": "{}/rows.txt"}, "B = {}/rows.txt: should be a file that ends in .tsv, .csv, .json, .jsonl, .parquet"),
+        ({"b": "{}/rows.doc"}, "B = {}/rows.doc: should be a file that ends in .tsv, .csv, .json, .jsonl, .parquet"),
         ({"b": "{}/broken.jsonl"}, "B = '{}/broken.jsonl': cannot be read: line 1"),
         ({"b": "{}/one.jsonl"}, "B = {}/one.jsonl: has 1 row; the test needs at least 2"),
         ({"b": "{}/list.jsonl"}, "B = {}/list.jsonl: row 0 (counted from 0) has ['a'], which is no text"),
@@ -249,7 +249,7 @@ def test_without_a_model_it_says_what_one_is(folder: Path) -> None:
 def test_a_fault_names_the_option_and_the_value(
     folder: Path, options: dict[str, Any], said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (folder / "rows.txt").write_text("a")
+    (folder / "rows.doc").write_text("a")
     (folder / "broken.jsonl").write_text("{")
     (folder / "one.jsonl").write_text('{"text": "a"}\n')
     (folder / "list.jsonl").write_text('{"text": ["a"]}\n{"text": "b"}\n')
