@@ -31,6 +31,12 @@ class Terms(NamedTuple):
         return Distilled(loss * self.common, kd / self.kd_items, ce / self.ce_items)
 
 
+def check_labelled(ce_weight: float, labels: torch.Tensor | None) -> None:
+    """Raises ValueError where a cross-entropy is asked for that would be left out in silence."""
+    if ce_weight and labels is None:
+        raise ValueError(f"ce_weight: {ce_weight}; needs labels, and there are none")
+
+
 def only_supervised(
     hidden: torch.Tensor,  # (..., D)
     mask: torch.Tensor | None,  # (...)

@@ -24,7 +24,7 @@ from fleetune_kernels.distillation import check_rows, checked_columns
 from fleetune_kernels.divergences import Options, checked_options
 from fleetune_kernels.divergences import rows as divergences
 from fleetune_kernels.head import Wanted, walk
-from fleetune_kernels.head_terms import counted, only_supervised, picked, register, terms
+from fleetune_kernels.head_terms import check_labelled, counted, only_supervised, picked, register, terms
 from fleetune_kernels.linear_cross_entropy import check_head
 from fleetune_kernels.reference import Distilled, as_list
 from fleetune_kernels.softmax_cross_entropy import check_classes
@@ -87,6 +87,7 @@ def linear_distillation_loss(
             label_smoothing,
         )
     )
+    check_labelled(ce_weight, labels)
     labels = None if labels is None else integers("labels", labels)
     kd_num_items = None if kd_num_items is None else scalar("kd_num_items", kd_num_items, student_hidden)
     ce_num_items = None if ce_num_items is None else scalar("ce_num_items", ce_num_items, student_hidden)

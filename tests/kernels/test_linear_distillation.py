@@ -402,3 +402,14 @@ def test_the_formulas_own_gradients_are_their_derivatives(name: str) -> None:
         ).loss
 
     assert torch.autograd.gradcheck(loss, student, fast_mode=True)
+
+
+def test_a_cross_entropy_without_labels_is_refused() -> None:
+    from fleetune_kernels import linear_distillation_loss, topk_distillation_loss
+
+    hidden, head = torch.randn(3, 4), torch.randn(7, 4)
+    with pytest.raises(ValueError, match=r"ce_weight: 0\.5; needs labels"):
+        linear_distillation_loss(hidden, head, hidden, head, ce_weight=0.5)
+    ids = torch.arange(2).expand(3, 2)
+    with pytest.raises(ValueError, match=r"ce_weight: 0\.5; needs labels"):
+        topk_distillation_loss(hidden, head, ids, torch.full((3, 2), -1.0), ce_weight=0.5)
