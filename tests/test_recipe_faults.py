@@ -60,6 +60,11 @@ DISTILLED = CLASSIFICATION | {
     "losses": [{"kind": kind} for kind in ("distillation", "hidden_states", "embedding", "attention")],
     "teacher": {"model_name_or_path": MODEL, "deepspeed": {}},
 }
+LANGUAGE = CLASSIFICATION | {
+    "task": "causal_lm",
+    "losses": [{"kind": "cross_entropy"}],
+    "evaluation": {"generate": {"prompts": ["Once upon a time"]}, "exact_match": {"pattern": "#### (.+)"}},
+}
 OF_A_LOSS = {
     "CrossEntropy": (0, CLASSIFICATION),
     "L1Penalty": (1, CLASSIFICATION),
@@ -72,6 +77,7 @@ OF_A_LOSS = {
 }
 PLACES = {name: f"losses.{place}" for name, (place, _) in OF_A_LOSS.items()} | {"Teacher": "teacher"}
 BASES = {name: base for name, (_, base) in OF_A_LOSS.items()} | {"Teacher": DISTILLED, "TeacherDeepSpeed": DISTILLED}
+BASES |= {"Generation": LANGUAGE, "ExactMatch": LANGUAGE}
 
 
 @dataclass(frozen=True)
