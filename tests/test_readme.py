@@ -40,6 +40,7 @@ def test_the_readme_shows_every_command() -> None:
         "check",
         "verify",
         "eval",
+        "export",
         "compare",
         "teach",
         "shift",
@@ -61,7 +62,8 @@ def test_the_recipe_that_it_shows_trains_what_the_shipped_one_does(tmp_path: Pat
 
 @pytest.mark.parametrize("arguments", [a for a in FLEETUNE if not needs_hub(a)], ids=" ".join)
 def test_runs(folder: Path, arguments: list[str], request: pytest.FixtureRequest) -> None:
-    if any(DATA in argument for argument in arguments):
+    there = ""
+    if any(DATA in argument or "recipes/lm/" in argument for argument in arguments):
         there = str(request.getfixturevalue("shared_data"))
         arguments = [argument.replace(DATA, there) for argument in arguments]
     wrong = any("learning_rte" in argument for argument in arguments)
@@ -72,7 +74,7 @@ def test_runs(folder: Path, arguments: list[str], request: pytest.FixtureRequest
         shorter = ["--limit", "20", "--permutations", "99"]
     command = [sys.executable, "-m", "fleetune.cli", *arguments, *shorter]
     with serving() as server:  # for `sync`, which needs one
-        environment = os.environ | wandb_environment(server.url, folder)
+        environment = os.environ | wandb_environment(server.url, folder) | {"FLEETUNE_DATA": there}
         done = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, timeout=300, check=False, env=environment
         )

@@ -65,6 +65,7 @@ LANGUAGE = CLASSIFICATION | {
     "losses": [{"kind": "cross_entropy"}],
     "evaluation": {"generate": {"prompts": ["Once upon a time"]}, "exact_match": {"pattern": "#### (.+)"}},
 }
+ADAPTED = LANGUAGE | {"model": {"model_name_or_path": MODEL, "lora": {}}}
 OF_A_LOSS = {
     "CrossEntropy": (0, CLASSIFICATION),
     "L1Penalty": (1, CLASSIFICATION),
@@ -77,7 +78,8 @@ OF_A_LOSS = {
 }
 PLACES = {name: f"losses.{place}" for name, (place, _) in OF_A_LOSS.items()} | {"Teacher": "teacher"}
 BASES = {name: base for name, (_, base) in OF_A_LOSS.items()} | {"Teacher": DISTILLED, "TeacherDeepSpeed": DISTILLED}
-BASES |= {"Generation": LANGUAGE, "ExactMatch": LANGUAGE}
+BASES |= {"Generation": LANGUAGE, "ExactMatch": LANGUAGE, "Lora": ADAPTED}
+UNIONS = {"layer_map": "uniform", "target_modules": "all-linear"}
 
 
 @dataclass(frozen=True)
@@ -200,10 +202,7 @@ def of_another_type() -> Iterator[Fault]:
                 float: ("fast", "should be a number"),
                 list: ("word", "should be a list"),
                 dict: ([1], "should be a map of keys"),
-                Union: (
-                    "three",
-                    "should be uniform" if "layer_map" in key.path else "should be a whole number above 0",
-                ),
+                Union: ("three", f"should be {UNIONS.get(key.path.rpartition('.')[2], 'a whole number above 0')}"),
                 UnionType: ("three", "should be layer numbers from 0, ascending, each once, or one of {every: N}"),
             }[key.type]
         yield Fault("wrong type", key.path, changed(key.base, key.path, wrong), said=f"{key.path} = {wrong!r}: {right}")
@@ -339,6 +338,17 @@ def combinations() -> Iterator[Fault]:
         ),
         ("model.drop_layers", {"model.drop_layers": [1, 2, 1]}, "1 stands there twice"),
         ("model.insert_layers.1.at", {"model.insert_layers": [{"at": 2}, {"at": 2}]}, "stands there twice"),
+        *(
+            (
+                f"model.{key}",
+                {"model.insert_layers": [], "model.lora": {}, f"model.{key}": value},
+                "model.lora's adapter",
+            )
+            for key, value in (
+                *(("from_scratch", True), ("keep_layers", [0]), ("drop_layers", [0]), ("reset", ["*.bias"])),
+                *(("insert_layers", [{"at": 0}]), ("resize_embeddings", 40000)),
+            )
+        ),
         ("data.augmentation", {"data.text_pair_column": "other"}, "is for one text, not for a pair"),
         ("data.label_column", {"data.label_column": "text"}, "the columns should differ"),
         ("data.label_column", {"data.weight_column": "label"}, "the columns should differ"),

@@ -12,6 +12,7 @@ from fleetune.schema import (
     DATA_SUFFIXES,
     METRICS,
     Data,
+    Model,
     Recipe,
     Source,
     losses_of,
@@ -62,6 +63,7 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
                 )
     yield from _teacher_combinations(recipe)
     yield from _surgery_combinations(recipe)
+    yield from _lora_combinations(recipe)
     yield from _training_combinations(recipe)
 
 
@@ -188,6 +190,15 @@ def _surgery_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         for index, number in enumerate(numbers):
             if number in numbers[:index]:
                 yield key.format(index), number if "{}" in key else numbers, f"{number} stands there twice"
+
+
+def _lora_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    """What changes the weights that an adapter is put on again when it is loaded."""
+    model, plain = recipe.model, Model(model_name_or_path="")
+    for key in ("from_scratch", "keep_layers", "drop_layers", "insert_layers", "resize_embeddings", "reset"):
+        if model.lora is not None and getattr(model, key) != getattr(plain, key):
+            value = model.model_dump(mode="json", include={key})[key]
+            yield f"model.{key}", value, "changes the model that model.lora's adapter stands on; leave one of them out"
 
 
 def _training_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:

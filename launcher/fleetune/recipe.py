@@ -267,7 +267,7 @@ def baseline_of(recipe: Recipe) -> Recipe:
     losses = [loss for loss in recipe.losses if loss.kind not in OF_A_TEACHER]
     if losses and all(loss.kind.endswith("_penalty") for loss in losses):
         losses = [*losses_of(recipe.model_copy(update={"losses": []})), *losses]
-    model = recipe.model.model_copy(update={"from_scratch": True})
+    model = recipe.model.model_copy(update={"from_scratch": True, "lora": None})
     return recipe.model_copy(update={"model": model, "losses": losses, "teacher": None, "teachers": []})
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from fleetune.lora import Lora
 from fleetune.losses import OF_LOGITS, CrossEntropy, Loss, MeanSquaredError
 from fleetune.sections import Fraction, NotNegative, NotNegativeInt, Positive, Scalar, Section
 
@@ -72,6 +73,8 @@ class Model(Section):
     """Parameters drawn anew: dotted names as in freeze (`classifier.*`), with the layers' new numbers."""
     freeze: list[str] = []
     """Parameters that do not train: dotted names, * for any run of characters (`*.embeddings.*`, `*.layer.0.*`)."""
+    lora: Lora | None = None
+    """Trains low-rank matrices beside frozen weights, and saves these alone; all weights are trained when absent."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
         None
     )

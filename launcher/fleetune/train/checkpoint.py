@@ -34,6 +34,7 @@ from fleetune.batch import cut_batch
 from fleetune.schema import Checkpoint
 from fleetune.train import reshard, signals
 from fleetune.train.distributed import World, barrier, gather_objects
+from fleetune.train.lora import has_adapter
 from fleetune.train.manifest import MANIFEST, checkpoint_path, prune, read_manifest, sealed
 from fleetune.train.speed import available_memory
 
@@ -115,7 +116,9 @@ class Saver(TorchCheckpointEngine):  # type: ignore[misc]
                 shutil.rmtree(beside, ignore_errors=True)
                 (beside / "engine").mkdir(parents=True)
         barrier()
-        self.engine.save_checkpoint(str(beside), tag="engine", save_latest=False)
+        # What an adapter leaves frozen is loaded from where it came from.
+        frozen = has_adapter(self.engine.module)
+        self.engine.save_checkpoint(str(beside), tag="engine", save_latest=False, exclude_frozen_parameters=frozen)
         self.save(_random_state(), str(beside / f"rank-{self.world.rank}.pt"))
         if save.copies:
             save.thread = threading.Thread(target=_write_copies, args=(save,), name="checkpoint", daemon=True)
@@ -330,7 +333,7 @@ def load(engine: Any, path: Path, run: runs.Run, world: World) -> tuple[dict[str
 def load_weights(engine: Any, path: Path, world: World) -> None:
     """For evaluating the best checkpoint at the end. All of it: ZeRO-3's weights stand in the optimizer's shards."""
     if reshard.is_native(engine, path / "engine", world.world_size):
-        engine.load_checkpoint(str(path), tag="engine")
+        engine.load_checkpoint(str(path), tag="engine", load_module_strict=not has_adapter(engine.module))
     else:
         reshard.load(engine, path / "engine")
 

@@ -9,30 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fleetune import runs
 from fleetune.recipe import local_or_hub
 from fleetune.schema import DATA_SUFFIXES, Recipe, RecipeError, Source
 from fleetune.train.report import print_report
 
 if TYPE_CHECKING:
     from fleetune.train.data import Split
-
-
-def recipe_and_model(folder: Path) -> tuple[Recipe, Path]:
-    """The recipe and the model of a run, or of a model folder. Raises RecipeError where one is missing."""
-    model = folder / "model" if (folder / "run.json").exists() else folder
-    if not (model / "config.json").exists():
-        what = (
-            "is a run that has not written its model yet"
-            if model != folder
-            else "has no config.json: no model is there"
-        )
-        raise RecipeError(f"{folder}: {what}")
-    if not (model / "recipe.yaml").exists():
-        raise RecipeError(
-            f"{model}: has no recipe.yaml, which says how its data is read; Fleetune writes one into every model"
-        )
-    return runs.Run(model).recipe(), model
 
 
 def _in_trains_place(recipe: Recipe, data: str, split: str | None, names: list[str] | None) -> Recipe:
@@ -82,12 +64,13 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
     from fleetune.train.evaluate import evaluate
     from fleetune.train.generate import exact_match, generator
     from fleetune.train.head import fuse_head
-    from fleetune.train.model import auto_model, padding_id
+    from fleetune.train.model import padding_id
+    from fleetune.train.trained import load_trained, recipe_and_model
 
     recipe, path = recipe_and_model(folder)
     trusts = recipe.model.trust_remote_code
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts)
-    model = auto_model(recipe).from_pretrained(path, trust_remote_code=trusts).eval()
+    model = load_trained(recipe, path, trust=trusts)
     if recipe.task == "causal_lm" and recipe.kernels != "reference":
         fuse_head(model)
     if data is None:

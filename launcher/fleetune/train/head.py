@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fleetune.schema import Recipe, RecipeError
+from fleetune.train.lora import trained_whole
 
 PROBE = 8  # tokens
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-10}  # relative to the largest logit; of half precisions 0.05
@@ -38,7 +39,8 @@ class Head:
 
 def fuse_head(model: Any) -> None:
     """Gives the language model's forward pass `compute`: (its head, its decoder's outputs) -> what it returns."""
-    head, plain, plain_head = model.get_output_embeddings(), model.forward, model.get_output_embeddings().forward
+    head, plain = trained_whole(model.get_output_embeddings()), model.forward
+    plain_head = head.forward
     scale, softcap = _logit_terms(model.config)
 
     def at_head(hidden_states: torch.Tensor, compute: Callable[[Head], Any] | None = None) -> Any:

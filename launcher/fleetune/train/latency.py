@@ -23,9 +23,10 @@ from torch import nn
 from fleetune.schema import Recipe, RecipeError
 from fleetune.train.batches import collate
 from fleetune.train.data import DataError, Split, prepare
-from fleetune.train.evaluate_folder import recipe_and_model
-from fleetune.train.model import auto_model, padding_id
+from fleetune.train.lora import has_adapter, merge
+from fleetune.train.model import padding_id
 from fleetune.train.report import print_report
+from fleetune.train.trained import load_trained, recipe_and_model
 
 BATCH_SIZES = (1, 32)
 ROUNDS = 10  # in each, every model has a turn
@@ -53,9 +54,11 @@ def load(folder: Path) -> Subject:
     recipe, path = recipe_and_model(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = auto_model(recipe).from_pretrained(path, trust_remote_code=False, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise RecipeError(f"{folder}: cannot be loaded: {error}") from error
+    model = load_trained(recipe, path, torch.float32)
+    if has_adapter(model):
+        model = merge(model)  # as it would be deployed
     found = _rows(recipe, tokenizer)
     if found is None:
         batches = {size: _random_batch(size, recipe.data.max_length, model.config.vocab_size) for size in BATCH_SIZES}

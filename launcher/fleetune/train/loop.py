@@ -21,6 +21,7 @@ from fleetune.train import cadence, checkpoint, distributed, engine, manifest, m
 from fleetune.train.alignment import Outputs
 from fleetune.train.batches import MicroBatch
 from fleetune.train.distributed import World
+from fleetune.train.lora import adapter_names, has_adapter
 from fleetune.train.node_load import node_load
 from fleetune.train.notes import Notes, say, start_notes
 from fleetune.train.objectives import Term
@@ -232,7 +233,8 @@ def _finish(setup: Setup, progress: Progress) -> bool:
         return False
     signals.beat("finish")
     metrics = {"validation": progress.best_metrics or progress.last_metrics, "test": test}
-    state = zero.gathered_state_dict(setup.engine.module, world.is_main)
+    module = setup.engine.module
+    state = zero.gathered_state_dict(module, world.is_main, adapter_names(module) if has_adapter(module) else None)
     if world.is_main:
         report = {
             "step": progress.step,
@@ -246,7 +248,7 @@ def _finish(setup: Setup, progress: Progress) -> bool:
             "samples_per_second": round(progress.examples / max(progress.train_seconds, 1e-9), 3),
             "peak_memory_mb": round(peak_memory_mb(world)),
         }
-        model_folder.write(run, setup.recipe, setup.engine.module, state, setup.tokenizer, setup.data, report)
+        model_folder.write(run, setup.recipe, module, state, setup.tokenizer, setup.data, report)
         defined = {
             split: {name: value if math.isfinite(value) else None for name, value in values.items()}
             for split, values in metrics.items()

@@ -13,6 +13,7 @@ from torch import nn
 from fleetune.schema import Model, Recipe, Teacher
 from fleetune.train import zero
 from fleetune.train.head import fuse_head
+from fleetune.train.lora import add_lora, is_adapter
 from fleetune.train.surgery import freeze, operate
 
 OWN_KEYS = ("num_labels", "id2label", "label2id", "problem_type")  # of a config, set here
@@ -37,11 +38,15 @@ def model_location(name: str, key: str = "model") -> str:
     """
     if not name.startswith("package://"):
         run = Path(name)
-        if not (run / "run.json").exists():
-            return name
-        if not (run / "model" / "config.json").exists():
+        is_run = (run / "run.json").exists()
+        if is_run and not (run / "model" / "config.json").exists():
             raise ModelError(f"{key}.model_name_or_path = {name!r}: is a run that has not written its model yet")
-        return str(run / "model")
+        if is_adapter(run / "model" if is_run else run):
+            raise ModelError(
+                f"{key}.model_name_or_path = {name!r}: is an adapter; `fleetune export {name} FOLDER --merge` makes a "
+                "model of it"
+            )
+        return str(run / "model") if is_run else name
     package, _, inside = name.removeprefix("package://").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     places = [Path(place) / inside for place in (spec.submodule_search_locations or ())] if spec else []
@@ -178,6 +183,8 @@ def build_model(
     if recipe.model.gradient_checkpointing:
         assert isinstance(model, PreTrainedModel)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.model.lora is not None:
+        add_lora(model, recipe, recipe.model.lora, model_location(recipe.model.model_name_or_path))
     freeze(model, recipe.model.freeze)
     if language and recipe.kernels != "reference":
         fuse_head(model)

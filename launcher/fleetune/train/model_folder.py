@@ -14,6 +14,7 @@ from fleetune.recipe import dump_recipe
 from fleetune.schema import Recipe, teachers_of
 from fleetune.train.alignment import PROJECTIONS
 from fleetune.train.data import Prepared
+from fleetune.train.lora import has_adapter, save_adapter
 
 
 def write(
@@ -27,13 +28,16 @@ def write(
 ) -> None:
     """Safetensors, config, tokenizer, card and recipe, written beside and renamed into place.
 
-    Without the projections to a teacher's widths, which serve training alone.
+    Without the projections to a teacher's widths, which serve training alone; of a model with LoRA the adapter.
     """
     beside = run.path / ".model.part"
     shutil.rmtree(beside, ignore_errors=True)
     assert isinstance(model, PreTrainedModel)
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(f"{PROJECTIONS}.")}
-    model.save_pretrained(beside, state_dict=kept)
+    if has_adapter(model):
+        save_adapter(model, kept, beside)
+    else:
+        model.save_pretrained(beside, state_dict=kept)
     tokenizer.save_pretrained(beside)
     (beside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     (beside / "README.md").write_text(card(recipe, data, report), encoding="utf-8")
@@ -43,14 +47,15 @@ def write(
 
 def card(recipe: Recipe, data: Prepared, report: dict[str, Any]) -> str:
     language = recipe.task == "causal_lm"
-    lines = ["---", "library_name: transformers"]
+    lines = ["---", f"library_name: {'transformers' if recipe.model.lora is None else 'peft'}"]
     lines.append(f"pipeline_tag: {'text-generation' if language else 'text-classification'}")
     if not recipe.model.model_name_or_path.startswith(("/", "package://")):
         lines.append(f"base_model: {recipe.model.model_name_or_path}")
     lines += ["tags: [fleetune]", "---", "", f"# {recipe.name}", ""]
     origin = "drawn from scratch in the architecture of" if recipe.model.from_scratch else "fine-tuned from"
+    kind = "model" if recipe.model.lora is None else "LoRA adapter"
     lines += [
-        f"A {'language' if language else recipe.task} model, {origin} `{recipe.model.model_name_or_path}`, "
+        f"A {'language' if language else recipe.task} {kind}, {origin} `{recipe.model.model_name_or_path}`, "
         f"{report['parameters'] / 1e6:.1f}M parameters, "
         f"trained by Fleetune for {report['step']} steps; the weights are those of step {report['best_step']}.",
         "",

@@ -86,7 +86,7 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
 def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: Any, data: Prepared) -> str:
     """What the teachers are, as a hash; `layers`: how many of them the student has in the end."""
     from fleetune.train.alignment import matches_of
-    from fleetune.train.teacher import check_teacher, load_teacher_config, teacher_digest
+    from fleetune.train.teacher import check_teacher, load_teacher_config, weights_digest
     from fleetune.train.teacher_cache import check_cache
 
     configs, digests = [], []
@@ -96,7 +96,9 @@ def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: 
             continue
         configs.append(load_teacher_config(recipe, teacher, key, tokenizer))
         check_teacher(recipe, teacher, key, configs[-1], tokenizer, data.label_names)
-        digests.append(teacher_digest(teacher, configs[-1]))
+        digests.append(weights_digest(teacher, configs[-1]))
+    if recipe.model.lora is not None:  # its frozen weights stand in no checkpoint
+        digests.append(weights_digest(recipe.model, config))
     if not digests:
         return ""
     student = copy.deepcopy(config)
@@ -139,6 +141,7 @@ def _check_model(recipe: Recipe, config: Any) -> dict[str, Any]:
 def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
     import torch
 
+    from fleetune.train.lora import add_lora
     from fleetune.train.model import auto_model
     from fleetune.train.objectives import build_penalties
     from fleetune.train.surgery import freeze, operate
@@ -150,6 +153,8 @@ def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
         raise RecipeError(f"model = {recipe.model.model_name_or_path!r}: cannot be built: {error}") from None
     try:
         model: Any = operate(plain, recipe.model, recipe.training.seed)
+        if recipe.model.lora is not None:
+            add_lora(model, recipe, recipe.model.lora, "")
         freeze(model, recipe.model.freeze)
         build_penalties(recipe, [name for name, p in model.named_parameters() if p.requires_grad])
     except ValueError as error:

@@ -175,15 +175,16 @@ def load(engine: Any, folder: Path) -> None:
     """
     module, stage = engine.module, engine.zero_optimization_stage()
     stored = Stored(folder, _optimizers_order(module))
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad and name not in stored.pieces}
     for name, parameter in module.named_parameters():
-        if stored.numel(name) != zero.numel(parameter):
+        if name not in frozen and stored.numel(name) != zero.numel(parameter):
             raise ValueError(f"{folder}: has {stored.numel(name)} values of {name}, not {zero.numel(parameter)}")
     if stage == 3:
         engine.optimizer.checkpoint_event_prologue()  # no parameter stays gathered, with its old values
     places = (_whole_places, _flat_places, _flat_places, _places_by_parameter)[stage]
     for place in places(engine, stored.step):
         signals.beat("load")
-        for key, values in place.values.items():
+        for key, values in place.values.items() if place.name not in frozen else ():
             stored.copy(place.name, key, place.start, values)
     for name, buffer in module.named_buffers():
         if name in stored.pieces:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -127,12 +127,19 @@ def partition_like(other: Any, parameters: list[nn.Parameter]) -> None:
         other.convert_to_zero_parameters(param_list=parameters)
 
 
-def gathered_state_dict(model: nn.Module, is_main: bool) -> dict[str, torch.Tensor]:
-    """The whole state on CPU, on the main rank alone; a collective on ZeRO-3, one parameter in full at a time."""
+def gathered_state_dict(
+    model: nn.Module, is_main: bool, names: Collection[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """The whole state, or that of these names, on CPU, on the main rank alone.
+
+    A collective on ZeRO-3, one parameter in full at a time.
+    """
     state: dict[str, torch.Tensor] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     persistent = model.state_dict(keep_vars=True)
     for name, tensor in persistent.items():
+        if names is not None and name not in names:
+            continue
         parameter = parameters.get(name)
         if parameter is not None and is_partitioned(parameter):
             with import_deepspeed().zero.GatheredParameters([parameter]):

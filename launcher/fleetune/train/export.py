@@ -1,0 +1,96 @@
+"""`python -m fleetune.train.export MODEL OUT [--merge] [--dtype D]`: writes a folder to deploy, and says so in JSON."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fleetune.recipe import dump_recipe
+from fleetune.schema import Recipe, RecipeError
+from fleetune.train.lora import is_adapter, merge
+from fleetune.train.report import print_report
+from fleetune.train.trained import load_trained, recipe_and_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROBE = 16  # tokens
+CLOSE = {torch.float32: 1e-4}  # relative to the largest logit; of half precisions 0.05
+
+
+def export(folder: Path, out: Path, merged: bool, dtype: str | None) -> dict[str, Any]:
+    """Writes OUT beside and renames it into place: the model's folder, its adapter merged, in another dtype.
+
+    What was written is loaded again as Transformers does, and must say what the trained model says.
+
+    Raises:
+        RecipeError: there is no model, or not one of this kind; OUT stands in the way.
+        RuntimeError: the model that was written says other things.
+    """
+    recipe, path = recipe_and_model(folder)
+    adapter = is_adapter(path)
+    if merged and not adapter:
+        raise RecipeError(f"--merge: {folder} is a whole model already; leave it out")
+    if dtype is not None and adapter and not merged:
+        raise RecipeError(f"--dtype {dtype}: an adapter is kept as it is; give --merge too")
+    if out.exists():
+        raise RecipeError(f"{out}: is there already; give the name of a new folder")
+    if not out.absolute().parent.is_dir():
+        raise RecipeError(f"{out}: there is no folder {out.absolute().parent}")
+    beside = out.absolute().parent / f".{out.name}.part"
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(path, beside, ignore=shutil.ignore_patterns("*.safetensors*", "adapter_config.json"))
+    try:
+        if adapter and not merged:
+            shutil.copytree(path, beside, dirs_exist_ok=True)
+            found: dict[str, Any] = {}
+        else:
+            found = _write(recipe, path, beside, dtype)
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return {"folder": str(out), "bytes": size, **found}
+
+
+def _write(recipe: Recipe, path: Path, beside: Path, dtype: str | None) -> dict[str, Any]:
+    model, wanted = load_trained(recipe, path), None if dtype is None else DTYPES[dtype]
+    truth = _logits(model)
+    whole = recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": None})})
+    (merge(model) if is_adapter(path) else model).to(wanted or model.dtype).save_pretrained(beside)
+    (beside / "recipe.yaml").write_text(dump_recipe(whole), encoding="utf-8")
+    del model
+    written = load_trained(whole, beside)
+    difference = float((_logits(written) - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
+    if not difference <= CLOSE.get(written.dtype, 0.05):
+        raise RuntimeError(f"the exported model's logits are off by {difference:.1e} of the largest; nothing is kept")
+    return {
+        "dtype": str(written.dtype).removeprefix("torch."),
+        "parameters": sum(parameter.numel() for parameter in written.parameters()),
+        "difference": difference,
+    }
+
+
+@torch.no_grad()
+def _logits(model: nn.Module) -> torch.Tensor:
+    ids = torch.arange(PROBE)[None] % int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return logits.float()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--merge", action="store_true")
+    parser.add_argument("--dtype", choices=DTYPES)
+    arguments = parser.parse_args()
+    return print_report(lambda: export(arguments.folder, arguments.out, arguments.merge, arguments.dtype))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
