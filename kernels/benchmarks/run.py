@@ -125,13 +125,20 @@ def main() -> None:
     given = arguments.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: PyTorch sees no GPU here")
-    folder = RESULTS / given.device
-    for case in [] if given.table else for_device(given.device, given.slow_peers):
-        if given.only in case.name and (given.again or record.read(case.name, folder) is None):
-            print(f"{case.name} ...", flush=True)
-            figures = measure(case, torch.device(given.device), given.rounds)
-            command = f"python kernels/benchmarks/run.py --device {given.device} --rounds {given.rounds}"
-            record.write(case.name, command, figures, folder, PACKAGES)
+    folder, cases = RESULTS / given.device, for_device(given.device, given.slow_peers)
+    chosen = [case for case in cases if given.only in case.name]
+    if not chosen:
+        raise SystemExit(
+            f"--only {given.only}: no case's name holds this; there are {', '.join(c.name for c in cases)}"
+        )
+    for case in [] if given.table else chosen:
+        if not given.again and record.read(case.name, folder) is not None:
+            print(f"{case.name} is recorded; --again measures it anew")
+            continue
+        print(f"{case.name} ...", flush=True)
+        figures = measure(case, torch.device(given.device), given.rounds)
+        command = f"python kernels/benchmarks/run.py --device {given.device} --only {case.name} --rounds {given.rounds}"
+        record.write(case.name, command, figures, folder, PACKAGES)
     table(given.device)
 
 

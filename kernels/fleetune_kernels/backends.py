@@ -62,6 +62,8 @@ def same_device(tensor: torch.Tensor, of: str, **others: torch.Tensor | None) ->
 def scalar(name: str, tensor: object, like: torch.Tensor) -> torch.Tensor:
     """A number, or a tensor of one element, detached: as a 0-dim one where `like` lies. One from a CPU waits for it."""
     if isinstance(tensor, int | float) and not isinstance(tensor, bool):
+        if not tensor >= 0:
+            raise ValueError(f"{name}: {tensor!r}; should be 0 or more")
         return torch.full((), float(tensor), dtype=torch.float64, device=like.device)
     if not isinstance(tensor, torch.Tensor) or tensor.numel() != 1:
         raise ValueError(f"{name}: {tensor!r}; should be a number, or a tensor with one element")

@@ -68,6 +68,8 @@ def test_an_object_of_another_type_is_named(function: str, name: str) -> None:
         ("cross_entropy", {"labels": LABELS.float()}, "labels: torch.float32; should be integers"),
         ("cross_entropy", {"reduction": 1}, "reduction: int; should be text"),
         ("cross_entropy", {"num_items": "4"}, "num_items: str; should be a tensor, a number or None"),
+        ("cross_entropy", {"num_items": -4}, "num_items: -4; should be 0 or more"),
+        ("linear_cross_entropy", {"num_items": float("nan")}, "num_items: nan; should be 0 or more"),
         ("cross_entropy", {"return_stats": 1}, "return_stats: int; should be True or False"),
         ("cross_entropy", {"ignore_index": -100.0}, "ignore_index: float; should be a whole number"),
         ("cross_entropy", {"label_smoothing": True}, "label_smoothing: bool; should be a number"),
