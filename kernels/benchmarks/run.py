@@ -128,9 +128,7 @@ def main() -> None:
     folder, cases = RESULTS / given.device, for_device(given.device, given.slow_peers)
     chosen = [case for case in cases if given.only in case.name]
     if not chosen:
-        raise SystemExit(
-            f"--only {given.only}: no case's name holds this; there are {', '.join(c.name for c in cases)}"
-        )
+        raise SystemExit(f"--only {given.only}: no such case; there are {', '.join(c.name for c in cases)}")
     for case in [] if given.table else chosen:
         if not given.again and record.read(case.name, folder) is not None:
             print(f"{case.name} is recorded; --again measures it anew")
