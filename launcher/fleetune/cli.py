@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -165,11 +167,19 @@ for command in (
 
 
 @app.command()
-def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc = None, nodes: Nodes = 1) -> None:
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nproc_per_node: Nproc = None,
+    nodes: Nodes = 1,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1.0, help="GB that a GPU has; this machine's when absent.", show_default=False)
+    ] = None,
+) -> None:
     """Validate a recipe, show what it comes to, open its data. Nothing is started."""
     from fleetune.batch import cut_batch, steps_per_epoch, total_steps
     from fleetune.recipe import dump_recipe
-    from fleetune.report import print_example, split_lines
+    from fleetune.report import memory_lines, print_example, split_lines
 
     loaded = load(recipe, overrides)
     layout = _plan(nodes, nproc_per_node)
@@ -184,11 +194,27 @@ def check(recipe: RecipeFile, overrides: Overrides = None, nproc_per_node: Nproc
     typer.echo(
         f"model     {report['parameters'] / 1e6:.1f}M parameters, {report['trainable_parameters'] / 1e6:.1f}M trainable"
     )
-    for line in split_lines(loaded, report):
+    memory = ["--ranks", str(layout.world_size), *(["--gpu-memory", str(gpu_memory)] if gpu_memory else [])]
+    with _recipe_file(loaded) as file:
+        found = answer_of("memory", [file, *memory])
+    for line in [*memory_lines(loaded, found), *split_lines(loaded, report)]:
         typer.echo(line)
     _show_data(loaded, layout, report)
     if "example" in report:
         print_example(report["example"]["train"])
+
+
+@contextlib.contextmanager
+def _recipe_file(recipe: Recipe) -> Iterator[str]:
+    """The resolved recipe, for a program that reads one."""
+    import tempfile
+
+    from fleetune.recipe import dump_recipe
+
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(dump_recipe(recipe))
+        file.flush()
+        yield file.name
 
 
 app.command()(cluster_commands.doctor)
@@ -204,16 +230,11 @@ def teach(
 ) -> None:
     """Run a recipe's teacher once over the training rows and store its logits, for `teacher.cache`."""
     import shlex
-    import tempfile
-
-    from fleetune.recipe import dump_recipe
 
     loaded, _ = _prepare(recipe, load(recipe, overrides), _plan(1, 1))
     folder = out or Path(loaded.output_dir) / f"{loaded.name}-taught"
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        file.write(dump_recipe(loaded))
-        file.flush()
-        taught = answer_of("teacher_cache", [file.name, str(folder)], shown="taught ")
+    with _recipe_file(loaded) as file:
+        taught = answer_of("teacher_cache", [file, str(folder)], shown="taught ")
     typer.echo(f"{folder}: {len(taught['labels'])} logits of each of {taught['rows']} rows")
     key = taught["key"]
     typer.echo(f"train with it: {key}.model_name_or_path=null {shlex.quote(f'{key}.cache={folder}')}")

@@ -174,3 +174,35 @@ def live(folders: list[Path], jobs: dict[Path, Job], width: int) -> Group:
             parts.append(Text("\n".join([f"train/loss of {run.path.name} by step", *lines])))
             break
     return Group(*parts)
+
+
+def memory_lines(recipe: Recipe, found: dict[str, Any]) -> list[str]:
+    """What a rank's memory comes to, whether it fits, and what would make it."""
+
+    def gigabytes(size: float) -> str:
+        return f"{size / 1e9:.2f}" if size < 1e10 else f"{size / 1e9:.1f}"
+
+    parts = [
+        f"{name} {gigabytes(found[name])}"
+        for name in ("weights", "gradients", "optimizer", "buckets", "activations", "loss", "teachers")
+        if found[name] >= 5e6
+    ]
+    where = "a GPU" if found["device"] == "cuda" else "a rank, beside Python's own"
+    lines = [f"memory    {gigabytes(found['height'])} GB of {where} at its height: {', '.join(parts)}"]
+    if found["host"]:
+        lines.append(f"          {gigabytes(found['host'])} GB a rank of the node's memory")
+    if found["limit"] is not None and found["height"] <= found["limit"]:
+        lines.append(f"          fits its {gigabytes(found['limit'])} GB")
+    elif found["limit"] is not None and found["change"]:
+        changes = " ".join(found["change"])
+        lines.append(
+            f"warning   does not fit its {gigabytes(found['limit'])} GB; it does with {changes} "
+            f"({gigabytes(found['changed'])} GB)"
+        )
+    elif found["limit"] is not None:
+        lines.append(
+            f"warning   does not fit its {gigabytes(found['limit'])} GB, and nothing here makes it: more GPUs do"
+        )
+    kept = recipe.checkpoint.save_total_limit + 1
+    lines.append(f"disk      {gigabytes(found['checkpoint'])} GB a checkpoint; {kept} may stand there, with the best")
+    return lines

@@ -16,6 +16,8 @@ from fleetune.train import distributed, zero
 from fleetune.train.objectives import Penalty
 from fleetune.train.optim import build_optimizer
 
+BUCKET = 500_000_000  # gradients that ZeRO reduces at once, at most: DeepSpeed's own default
+
 
 def deepspeed_config(recipe: Recipe, batch: Batch) -> dict[str, Any]:
     """DeepSpeed's settings; the loop owns the window (`managed_gradient_accumulation: false`) and all scaling."""
@@ -62,6 +64,9 @@ def weights_dtype(recipe: Recipe) -> torch.dtype:
 def start_engine(model: nn.Module, recipe: Recipe, config: dict[str, Any], penalties: list[Penalty]) -> Any:
     """The DeepSpeed engine around the model; `engine.penalty_values` are the last step's, summed over ranks."""
     optimizer = build_optimizer(model, recipe.training)
+    trained = sum(zero.numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    # DeepSpeed sets aside as much memory as this says, whatever the model needs.
+    config["zero_optimization"]["reduce_bucket_size"] = min(BUCKET, trained)
     engine, *_ = zero.import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)
     engine.penalties, engine.penalty_values = penalties, {}
     if any(p.dtype == torch.float64 for p in model.parameters()):

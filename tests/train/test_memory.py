@@ -1,0 +1,110 @@
+"""What `fleetune check` says of memory: counted from the model's shapes; and of a GPU that is too small.
+
+Against what training really takes it is held by launcher/benchmarks/memory_estimate.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import recipe_values, write_language_model, write_model, write_prompts, write_rows
+
+from fleetune.report import memory_lines
+from fleetune.schema import Recipe
+from fleetune.train.memory import Model, estimate, report
+
+LLAMA = Model(  # of 8 billion parameters, 2 rows of 4,096 tokens, in bf16
+    parameters=8_030_000_000,
+    trained=8_030_000_000,
+    activations=45_000_000_000,
+    layer=1_400_000_000,
+    boundary=2 * 4096 * 4096 * 2,
+    layers=32,
+    head=128_256 * 4096,
+    vocabulary=128_256,
+    teachers=(),
+)
+
+
+def recipe(folder: Path, task: str = "causal_lm", **sections: Any) -> Recipe:
+    return Recipe.model_validate({**recipe_values(folder, "memory", **sections), "task": task})
+
+
+def zero(stage: int, **training: Any) -> Recipe:
+    values = {"global_batch_size": None, "per_device_train_batch_size": 2, "bf16": True, **training}
+    return recipe(Path("/"), deepspeed={"zero_stage": stage}, training=values)
+
+
+def test_each_stage_cuts_what_it_says() -> None:
+    found = [estimate(zero(stage), LLAMA, 16, "cuda") for stage in range(4)]
+    plain = LLAMA.parameters
+    assert [one.optimizer for one in found] == [8 * plain, *[12 * plain // 16] * 3]
+    assert [one.gradients for one in found] == [4 * plain, 2 * plain, 4 * plain // 16, 4 * plain // 16]
+    assert found[2].weights == 2 * plain
+    assert found[3].weights == 2 * plain // 16 + 2_000_000_000
+    assert found[0].height > found[1].height > found[3].height
+    assert found[2].height > found[3].height
+
+
+def test_offloading_moves_to_the_node_what_it_names() -> None:
+    deepspeed = {"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}
+    training = {"global_batch_size": None, "bf16": True}
+    found = estimate(recipe(Path("/"), deepspeed=deepspeed, training=training), LLAMA, 16, "cuda")
+    assert found.optimizer == found.gradients == 0
+    assert found.host == (12 + 4) * LLAMA.parameters // 16 + 2 * LLAMA.parameters // 16
+
+
+def test_checkpointing_keeps_each_layers_input_and_the_inside_of_one() -> None:
+    values = {"global_batch_size": None, "per_device_train_batch_size": 2, "bf16": True}
+    light = recipe(Path("/"), model={"gradient_checkpointing": True}, training=values)
+    kept = LLAMA.activations - 32 * (LLAMA.layer - LLAMA.boundary) + LLAMA.layer
+    assert estimate(light, LLAMA, 16, "cuda").activations == kept < LLAMA.activations / 5
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_language_model(tmp_path / "model", num_hidden_layers=4)
+    write_prompts(tmp_path / "train.jsonl", 30)
+    write_prompts(tmp_path / "validation.jsonl", 10)
+    return tmp_path
+
+
+def test_activations_grow_with_rows_and_layers_and_lora_trains_little(folder: Path) -> None:
+    def found(**sections: Any) -> dict[str, Any]:
+        return report(recipe(folder, **sections), 2, None)
+
+    one = found(training={"per_device_train_batch_size": 4})
+    two = found(training={"per_device_train_batch_size": 8})
+    assert two["activations"] == pytest.approx(2 * one["activations"], rel=0.01)
+    lora = found(model={"lora": {"r": 2}}, training={"per_device_train_batch_size": 4})
+    assert lora["optimizer"] < one["optimizer"] / 4
+    assert lora["checkpoint"] < one["checkpoint"] / 4
+    assert 20 < one["tokens"] <= 32
+
+
+def test_the_cheapest_change_that_makes_it_fit_is_named(folder: Path) -> None:
+    values = {"per_device_train_batch_size": 8, "global_batch_size": 16}
+    light = recipe(folder, training=values, deepspeed={"zero_stage": 2})
+    fits = report(light, 2, 1.0)
+    assert "change" not in fits
+    assert "fits its 1.00 GB" in memory_lines(light, fits)[1]
+    tight = report(light, 2, 1.5e-3)
+    assert tight["change"] == ["training.per_device_train_batch_size=1"]
+    assert tight["changed"] < 1.5e6 < tight["height"]
+    assert (
+        "does not fit its 0.00 GB; it does with training.per_device_train_batch_size=1" in memory_lines(light, tight)[1]
+    )
+    hopeless = report(light, 2, 1e-6)
+    assert hopeless["change"] == []
+    assert "nothing here makes it" in memory_lines(light, hopeless)[1]
+
+
+def test_an_encoder_has_no_head_to_speak_of(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    for split in ("train", "validation"):
+        write_rows(tmp_path / f"{split}.jsonl", 30)
+    found = report(recipe(tmp_path, task="classification"), 1, None)
+    assert found["loss"] == 0
+    assert found["activations"] > 0
+    assert found["weights"] + found["optimizer"] < found["height"]
