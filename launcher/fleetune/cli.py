@@ -227,15 +227,27 @@ def teach(
     out: Annotated[
         Path | None, typer.Option(help="Where it is stored; output_dir/NAME-taught when absent.", show_default=False)
     ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Of a language model: classes of a token; 64.", show_default=False)
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="In their place: classes drawn from it, unbiased.", show_default=False)
+    ] = None,
 ) -> None:
-    """Run a recipe's teacher once over the training rows and store its logits, for `teacher.cache`."""
+    """Run a recipe's teacher once over the training rows and store what it says, for `teacher.cache`."""
     import shlex
 
+    if top_k is not None and samples is not None:
+        fail(f"--samples {samples}: stands in the place of --top-k; leave one out")
+    chosen = ["--top-k", str(top_k)] if top_k else ["--samples", str(samples)] if samples else []
     loaded, _ = _prepare(recipe, load(recipe, overrides), _plan(1, 1))
     folder = out or Path(loaded.output_dir) / f"{loaded.name}-taught"
     with _recipe_file(loaded) as file:
-        taught = answer_of("teacher_cache", [file, str(folder)], shown="taught ")
-    typer.echo(f"{folder}: {len(taught['labels'])} logits of each of {taught['rows']} rows")
+        taught = answer_of("teacher_cache", [file, str(folder), *chosen], shown="taught ")
+    kinds = {"top": "the top {} classes of each token", "samples": "{} samples of each token"}
+    what = kinds[taught["chosen"]["kind"]].format(taught["chosen"]["count"]) if taught["chosen"] else ""
+    what = what or f"{len(taught['labels'])} logits"
+    typer.echo(f"{folder}: {what} of {taught['rows']} rows, {taught['bytes'] / 1e6:.1f} MB")
     key = taught["key"]
     typer.echo(f"train with it: {key}.model_name_or_path=null {shlex.quote(f'{key}.cache={folder}')}")
 

@@ -160,11 +160,16 @@ def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     for name, teacher in teachers:
         if teacher.model_name_or_path is None and teacher.cache is None:
             yield name, {}, "needs model_name_or_path, or cache"
-        elif teacher.cache is not None:
+        elif teacher.cache is None:
+            if teacher.tail != "zero":
+                yield f"{name}.tail", teacher.tail, f"is of {name}.cache, and a teacher that runs has no tail"
+        else:
             if teacher.model_name_or_path is not None:
                 yield f"{name}.cache", teacher.cache, f"stands in the place of {name}.model_name_or_path: leave one out"
             if teacher.dtype != "auto":
                 yield f"{name}.dtype", teacher.dtype, f"is of a teacher that runs, and {name}.cache stands for it"
+            if recipe.task == "causal_lm":
+                yield from _token_cache_combinations(recipe, name, wanting)
             for index, loss in wanting:
                 if loss.kind != "distillation":
                     yield (
@@ -179,6 +184,21 @@ def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             yield f"{name}.deepspeed.zero_stage", teacher.deepspeed.zero_stage, "0 or 3: it has no optimizer to cut"
         if teacher.deepspeed.offload_param != "none" and teacher.deepspeed.zero_stage != 3:
             yield f"{name}.deepspeed.offload_param", teacher.deepspeed.offload_param, "needs zero_stage 3"
+
+
+def _token_cache_combinations(recipe: Recipe, name: str, wanting: list[Any]) -> Iterator[tuple[str, Any, str]]:
+    """What a few classes of each token do not give."""
+    if recipe.kernels == "reference":
+        yield "kernels", recipe.kernels, f"makes all logits, and {name}.cache is for the head that makes none; use auto"
+    if recipe.teachers:
+        yield "teachers", "...", f"a language model learns from one cache alone: teacher: {{cache: ...}}, not {name}"
+    for index, loss in wanting:
+        if isinstance(loss, Distillation) and loss.divergence != "forward_kl":
+            yield (
+                f"losses.{index}.divergence",
+                loss.divergence,
+                f"{name}.cache serves forward_kl alone",
+            )
 
 
 def _surgery_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:

@@ -299,6 +299,8 @@ class Teacher(Section):
     """A model of the same task: a hub name, a folder, a finished run of Fleetune, or package://NAME/FOLDER."""
     cache: str | None = None
     """In its place: the folder in which `fleetune teach` has stored what it says of every training row."""
+    tail: Literal["zero", "uniform"] = "zero"
+    """Of a cache with a language model's top classes: the others have nothing, or share evenly what is left to 1."""
     revision: str | None = None
     """The hub revision of the model and its tokenizer."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0

@@ -25,6 +25,17 @@ EMBEDDING = -1  # as a layer's number
 
 
 @dataclass(frozen=True)
+class StoredTokens:
+    """A stored teacher's classes of the R tokens that a batch learns, in their order there."""
+
+    ids: torch.Tensor  # (R, k)
+    log_probs: torch.Tensor  # (R, k) at the loss's temperature; -inf marks an empty place
+    weights: torch.Tensor | None  # (R, k) shares of the draws, where they were drawn
+    tail: str  # zero | uniform | sampled
+    vocabulary: int  # of the head's rows those that count
+
+
+@dataclass(frozen=True)
 class Outputs:
     """Of one forward pass; all but the logits only where they are asked for."""
 
@@ -34,6 +45,7 @@ class Outputs:
     values: tuple[torch.Tensor, ...] = ()  # each layer's (B, L, D_v), before they are cut into heads
     projected: dict[str, torch.Tensor] = field(default_factory=dict)  # (B, L, D of the teacher), by Match.name
     head: Head | None = None  # of language models
+    stored: StoredTokens | None = None  # of a language model's teacher, in its place
 
 
 @dataclass(frozen=True)

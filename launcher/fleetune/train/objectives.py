@@ -30,7 +30,7 @@ from fleetune.losses import (
 )
 from fleetune.schema import Recipe, losses_of
 from fleetune.train import zero
-from fleetune.train.alignment import PROJECTIONS, Match, Outputs
+from fleetune.train.alignment import PROJECTIONS, Match, Outputs, StoredTokens
 from fleetune.train.batches import IGNORED, MicroBatch
 from fleetune.train.head import Head
 from fleetune_kernels import (
@@ -39,6 +39,7 @@ from fleetune_kernels import (
     linear_cross_entropy,
     linear_distillation_loss,
     supervised_weight,
+    topk_distillation_loss,
 )
 
 
@@ -203,6 +204,8 @@ def _distillation(loss: Distillation, shares: Sequence[float], kernels: str, voc
     }
 
     def against(student: Outputs, teachers: list[Outputs], batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
+        if student.head is not None and teachers[0].stored is not None:
+            return _distilled_tokens(student.head, teachers[0].stored, batch, num_items, loss.temperature, kernels)
         if student.head is not None:
             return _distilled_heads(student.head, teachers, batch, num_items, {**settings, "vocab_size": vocab_size})
         value: torch.Tensor = distillation_loss(
@@ -248,6 +251,38 @@ def _distilled_heads(
             rows=batch.supervised,
             **settings,
         )
+    value: torch.Tensor = found.loss
+    return value
+
+
+def _distilled_tokens(
+    student: Head,
+    stored: StoredTokens,
+    batch: MicroBatch,
+    num_items: torch.Tensor,
+    temperature: float,
+    kernels: str,
+) -> torch.Tensor:
+    """Of the tokens that are learnt, whose classes the teacher has stored."""
+    hidden = student.hidden_states.flatten(0, 1)[batch.supervised]  # (R, D)
+    if not len(hidden):
+        return student.hidden_states.sum() * 0.0  # with a gradient, for every rank runs the backward pass
+    found = topk_distillation_loss(
+        hidden,
+        student.weight,
+        stored.ids,
+        stored.log_probs,
+        teacher_weights=stored.weights,
+        tail=stored.tail,
+        temperature=temperature,
+        bias=student.bias,
+        kd_num_items=num_items,
+        token_weights=batch.weights.flatten()[batch.supervised],
+        softcap=student.softcap,
+        logit_scale=student.logit_scale,
+        vocab_size=stored.vocabulary,
+        backend=kernels,
+    )
     value: torch.Tensor = found.loss
     return value
 

@@ -92,7 +92,7 @@ def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: 
     configs, digests = [], []
     for key, teacher in teachers_of(recipe):
         if teacher.cache is not None:
-            digests.append(check_cache(teacher, key, data.splits["train"], tokenizer, data.label_names))
+            digests.append(check_cache(recipe, teacher, key, data.splits["train"], tokenizer, data.label_names, config))
             continue
         configs.append(load_teacher_config(recipe, teacher, key, tokenizer))
         check_teacher(recipe, teacher, key, configs[-1], tokenizer, data.label_names)

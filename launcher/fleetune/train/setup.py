@@ -28,6 +28,7 @@ from fleetune.train.packing import pack
 from fleetune.train.sources import Ints
 from fleetune.train.teacher import LoadedTeacher, load_teachers, shared_vocabulary
 from fleetune.train.teacher_cache import CachedTeacher
+from fleetune.train.token_cache import CachedTokens
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Setup:
     data: Prepared
     total_steps: int
     terms: list[Term]
-    teachers: list[LoadedTeacher | CachedTeacher]
+    teachers: list[LoadedTeacher | CachedTeacher | CachedTokens]
     asked: Asked  # of the student and its teachers, beside their logits
     engine: Any
     parameters: int

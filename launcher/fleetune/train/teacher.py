@@ -23,6 +23,7 @@ from fleetune.train.distributed import World
 from fleetune.train.head import fuse_head
 from fleetune.train.model import ModelError, auto_model, check_length, load, model_location
 from fleetune.train.teacher_cache import CachedTeacher, open_cache
+from fleetune.train.token_cache import CachedTokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,10 +50,10 @@ class LoadedTeacher:
 
 def load_teachers(
     recipe: Recipe, label_names: list[str], tokenizer: Any, batch: Batch, world: World, dtype: torch.dtype | None = None
-) -> list[LoadedTeacher | CachedTeacher]:
+) -> list[LoadedTeacher | CachedTeacher | CachedTokens]:
     """All that the recipe names, each in its own dtype, or in this one. Raises ModelError."""
     total = sum(teacher.weight for _, teacher in teachers_of(recipe))
-    found: list[LoadedTeacher | CachedTeacher] = []
+    found: list[LoadedTeacher | CachedTeacher | CachedTokens] = []
     for key, teacher in teachers_of(recipe):
         if teacher.cache is not None:
             found.append(open_cache(teacher, teacher.weight / total))
