@@ -62,6 +62,7 @@ DISTILLED = CLASSIFICATION | {
 }
 LANGUAGE = CLASSIFICATION | {
     "task": "causal_lm",
+    "data": {key: value for key, value in CLASSIFICATION["data"].items() if key != "augmentation"},
     "losses": [{"kind": "cross_entropy"}],
     "evaluation": {"generate": {"prompts": ["Once upon a time"]}, "exact_match": {"pattern": "#### (.+)"}},
 }
@@ -402,6 +403,22 @@ def of_teachers() -> Iterator[Fault]:
         yield Fault("teacher", key, values, said=said)
 
 
+def of_token_caches() -> Iterator[Fault]:
+    """A language model that learns from a stored teacher."""
+    stored = {"cache": "validation.jsonl"}  # something that is there
+    plain = LANGUAGE | {"losses": [{"kind": "distillation"}], "teacher": stored, "evaluation": {}}
+    for key, given, said in (
+        ("kernels", {"kernels": "reference"}, "makes all logits, and teacher.cache is for the head that makes none"),
+        ("losses.0.divergence", {"losses.0.divergence": "jsd"}, "teacher.cache serves forward_kl alone"),
+        ("teachers", {"teacher": None, "teachers": [stored]}, "a language model learns from one cache alone"),
+        ("teacher.tail", {"teacher": {"model_name_or_path": MODEL, "tail": "uniform"}}, "is of teacher.cache"),
+    ):
+        values = copy.deepcopy(plain)
+        for path, value in given.items():
+            values = changed(values, path, value)
+        yield Fault("token cache", key, values, said=said)
+
+
 def save_steps() -> Iterator[Fault]:
     for wrong in ("sometimes", "atuo", "100", 2.5, True, -3, [100]):
         values = CLASSIFICATION | {"checkpoint": {"save_steps": wrong}}
@@ -519,8 +536,17 @@ def batches() -> Iterator[Fault]:
 
 
 GENERATED = [*misspelt(), *of_another_type(), *out_of_range(), *illegal(), *missing()]
-WRITTEN = [*misplaced(), *losses(), *combinations(), *of_teachers(), *save_steps(), *keep_layers(), *paths()]
-WRITTEN += [*overrides(), *yaml_text(), *batches()]
+WRITTEN = [
+    *misplaced(),
+    *losses(),
+    *combinations(),
+    *of_teachers(),
+    *of_token_caches(),
+    *save_steps(),
+    *keep_layers(),
+    *paths(),
+]
+WRITTEN += [*keep_layers(), *paths(), *overrides(), *yaml_text(), *batches()]
 FAULTS = [*GENERATED, *WRITTEN]
 
 
