@@ -263,6 +263,8 @@ def test_the_model_folder_gives_the_logits_that_training_had(models: dict[str, r
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from fleetune.train.alignment import Asked
+    from fleetune.train.alignment import run as forward_pass
     from fleetune.train.data import prepare
     from fleetune.train.distributed import World
     from fleetune.train.evaluate import evaluate
@@ -273,9 +275,9 @@ def test_the_model_folder_gives_the_logits_that_training_had(models: dict[str, r
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     autocast = "stage 0, bf16" in setting
 
-    def forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(inputs: dict[str, torch.Tensor], compute: Any) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return model(**inputs).logits  # type: ignore[no-any-return]
+            return forward_pass(model, model, inputs, Asked(), compute)  # type: ignore[no-any-return]
 
     world = World(0, 1, 0, torch.device("cpu"))
     split = prepare(recipe, tokenizer).splits["validation"]
