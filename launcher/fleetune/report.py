@@ -37,7 +37,7 @@ def split_lines(recipe: Recipe, report: dict[str, Any]) -> Iterator[str]:
     """What preparing found in each split."""
     for split, count in report["rows"].items():
         line = (
-            f"{split:<11}{count} rows, {report['tokens'][split] / count:.1f} tokens each, "
+            f"{split:<10} {count} rows, {report['tokens'][split] / count:.1f} tokens each, "
             f"{report['truncated'][split]} cut at {recipe.data.max_length}"
         )
         if recipe.task == "causal_lm":
@@ -46,7 +46,7 @@ def split_lines(recipe: Recipe, report: dict[str, Any]) -> Iterator[str]:
                 f"; {report['format'][split]}: {share:.0%} of the tokens are learnt; left out: "
                 f"{report['empty'][split]} rows with nothing to learn, {report['too_long'][split]} too long"
             )
-        elif report["label_names"]:
+        elif split in report["labels"]:
             labels = zip(report["label_names"], report["labels"][split], strict=True)
             line += "; " + ", ".join(f"{name}: {n}" for name, n in labels)
         yield line

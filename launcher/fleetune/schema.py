@@ -99,6 +99,16 @@ class Source(Section):
     """Keeps the rows whose columns have these values, e.g. {split: train}."""
 
 
+class Target(Section):
+    train: Source
+    """Text of the domain, of which each step reads as many rows as of data.train. Its labels, if it has any, are never
+    read."""
+    validation: Source | None = None
+    """Labelled rows, evaluated as `NAME/accuracy` beside data.validation's; no weights are chosen by them."""
+    test: Source | None = None
+    """Labelled rows, evaluated once, beside data.test's."""
+
+
 Cleaning = Literal[
     "unicode_nfc", "unicode_nfkc", "strip_html", "collapse_whitespace", "drop_empty", "drop_duplicates", "drop_leaked"
 ]
@@ -118,6 +128,9 @@ class Data(Section):
     """Evaluated while the model is trained: it chooses the best checkpoint and stops early."""
     test: Source | None = None
     """Evaluated once, with the weights that are kept."""
+    target: dict[str, Target] = {}
+    """Domains, by name, that the model should work on as well: see the losses between domains. The rows of all of them
+    are drawn as of one set, in fresh order each time that they are through."""
     text_column: str = "text"
     """The column that the model reads."""
     text_pair_column: str | None = None
@@ -374,6 +387,20 @@ def teachers_of(recipe: Recipe) -> list[tuple[str, Teacher]]:
     return single + [(f"teachers.{i}", teacher) for i, teacher in enumerate(recipe.teachers)]
 
 
+def sources_of(recipe: Recipe) -> list[tuple[str, Source]]:
+    """Each data set with its key's path below `data`, which is its split's name too."""
+    data = recipe.data
+    named = [("train", data.train), ("validation", data.validation), ("test", data.test)]
+    for name, target in data.target.items():
+        named += [(f"target.{name}.{split}", getattr(target, split)) for split in ("train", "validation", "test")]
+    return [(name, source) for name, source in named if source is not None]
+
+
+def target_splits(recipe: Recipe) -> list[str]:
+    """Those of unlabelled rows that are trained on."""
+    return [f"target.{name}.train" for name in recipe.data.target]
+
+
 def metrics_of(recipe: Recipe) -> tuple[Metric, ...]:
     if recipe.evaluation.metrics:
         return tuple(recipe.evaluation.metrics)
@@ -398,10 +425,13 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["losses"]["minItems"] = 1
     definitions = schema["$defs"]
     # A loss or an augmentation stands in a list, which is replaced as a whole: its keys stay required.
-    required = {name: definitions[name].pop("required") for name in ("Model", "Data", "Source")}
+    required = {name: definitions[name].pop("required") for name in ("Model", "Data", "Source", "Target")}
     whole = {"required": schema.pop("required"), "properties": {}}
     whole["properties"]["model"] = {"required": required["Model"]}
     whole["properties"]["data"] = {"required": required["Data"], "properties": {}}
     for split in ("train", "validation", "test"):
         whole["properties"]["data"]["properties"][split] = {"required": required["Source"]}
+    splits = {split: {"required": required["Source"]} for split in ("train", "validation", "test")}
+    target = {"additionalProperties": {"required": required["Target"], "properties": splits}}
+    whole["properties"]["data"]["properties"]["target"] = target
     return {**schema, "if": {"not": {"required": ["extends"]}}, "then": whole}

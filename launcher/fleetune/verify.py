@@ -57,6 +57,9 @@ def short_form(recipe: Recipe, name: str, folder: Path, steps: int, save_steps: 
     validation = recipe.data.validation
     if validation is not None:
         validation = validation.model_copy(update={"limit": min(validation.limit or 64, 64)})
+    targets = {
+        key: target.model_copy(update={"validation": None, "test": None}) for key, target in recipe.data.target.items()
+    }
     return recipe.model_copy(
         update={
             "name": name,
@@ -64,7 +67,7 @@ def short_form(recipe: Recipe, name: str, folder: Path, steps: int, save_steps: 
             "training": recipe.training.model_copy(update={"max_steps": steps, "logging_steps": 1}),
             "checkpoint": recipe.checkpoint.model_copy(update={"save_steps": save_steps, "mtbf_hours": None}),
             "tracking": recipe.tracking.model_copy(update={"wandb": None}),
-            "data": recipe.data.model_copy(update={"validation": validation, "test": None}),
+            "data": recipe.data.model_copy(update={"validation": validation, "test": None, "target": targets}),
         }
     )
 

@@ -15,7 +15,8 @@ from torch.nn import functional
 from fleetune.schema import Recipe
 from fleetune.train.alignment import Outputs
 from fleetune.train.batches import MicroBatch
-from fleetune.train.objectives import Term, build_penalties, build_terms
+from fleetune.train.objectives import build_penalties, build_terms
+from fleetune.train.terms import Term
 
 CPU = torch.device("cpu")
 NAMES = ["bert.embeddings.word.weight", "bert.layer.0.dense.weight", "bert.layer.0.dense.bias", "classifier.weight"]

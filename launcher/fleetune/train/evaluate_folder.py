@@ -47,10 +47,11 @@ def _in_trains_place(recipe: Recipe, data: str, split: str | None, names: list[s
             raise RecipeError(f"--data {data}: should be a file that ends in {', '.join(DATA_SUFFIXES)}")
         if split is not None:
             raise RecipeError(f"--split {split}: is for a hub data set, and --data {data} is a file: leave it out")
-    changed = {
+    changed: dict[str, Any] = {
         "train": source,
         "validation": None,
         "test": None,
+        "target": {},
         "validation_fraction": None,
         "weight_column": None,
         "augmentation": [],

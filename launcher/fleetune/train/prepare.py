@@ -139,6 +139,7 @@ def _check_model(recipe: Recipe, config: Any) -> dict[str, Any]:
 def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
     import torch
 
+    from fleetune.train.domains import check_layers
     from fleetune.train.model import auto_model
     from fleetune.train.objectives import build_penalties
     from fleetune.train.surgery import freeze, operate
@@ -151,6 +152,7 @@ def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
     try:
         model: Any = operate(plain, recipe.model, recipe.training.seed)
         freeze(model, recipe.model.freeze)
+        check_layers(recipe, model)
         build_penalties(recipe, [name for name, p in model.named_parameters() if p.requires_grad])
     except ValueError as error:
         raise RecipeError(str(error)) from None
