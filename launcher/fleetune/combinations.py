@@ -21,6 +21,7 @@ from fleetune.schema import (
     METRICS,
     Data,
     Recipe,
+    has_weights,
     losses_of,
     metrics_of,
     sources_of,
@@ -158,7 +159,11 @@ def _domain_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
                     yield f"data.target.{name}.{split}", "...", f"is evaluated beside data.{split}, which is not there"
     if targets and any(teacher.cache is not None for _, teacher in teachers_of(recipe)):
         yield "data.target", list(targets), "a teacher's cache has no rows of these; let the teacher run"
-    weighted = data.weight_column is not None
+    if recipe.reweight is not None:
+        if not targets:
+            yield "reweight", recipe.reweight.method, "needs data.target: {NAME: {train: {path: ...}}}"
+        if data.weight_column is not None:
+            yield "reweight", recipe.reweight.method, "data.weight_column gives the weights already; leave one out"
     for index, loss in enumerate(recipe.losses):
         if loss.kind not in OF_DOMAINS:
             continue
@@ -175,7 +180,7 @@ def _domain_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             if loss.accumulate:
                 message = "compares neighbouring rows, and which they are depends on the cut: biased or unbiased"
                 yield f"{key}.estimator", loss.estimator, message
-            if weighted:
+            if has_weights(recipe):
                 yield f"{key}.estimator", loss.estimator, "takes no examples' weights: biased or unbiased"
 
 

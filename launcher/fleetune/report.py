@@ -50,6 +50,12 @@ def split_lines(recipe: Recipe, report: dict[str, Any]) -> Iterator[str]:
             labels = zip(report["label_names"], report["labels"][split], strict=True)
             line += "; " + ", ".join(f"{name}: {n}" for name, n in labels)
         yield line
+    if "reweight" in report:
+        found = report["reweight"]
+        yield (
+            f"reweight   {found['method']}: the {found['rows']} rows of train count as "
+            f"{found['effective_sample_size']:.0f} of equal weight; {found['at_the_highest']} have the highest"
+        )
     if recipe.task == "causal_lm":
         counts, width = report["lengths"]["train"], recipe.data.max_length
         bounds = [round(width * i / len(counts)) for i in range(len(counts) + 1)]

@@ -159,6 +159,16 @@ class Data(Section):
     """Training rows only, drawn anew every epoch by (seed, epoch, row)."""
 
 
+class Reweight(Section):
+    """Weighs the source's rows by how much they look like the target's, before training and without labels."""
+
+    method: Literal["domain_classifier", "kernel_mean_matching"]
+    """The odds of a classifier that tells the two apart, each row's by a fit without it; or the weights with which the
+    source's mean in the space of mmd's kernel is nearest to the target's. On the features of the pretrained model."""
+    clip: Annotated[float, Field(gt=1.0)] = 10.0
+    """The highest weight; their mean is 1."""
+
+
 class Training(Section):
     num_train_epochs: Annotated[float, Field(gt=0.0)] = 3.0
     """Passes over the training data, or a part of one."""
@@ -338,6 +348,8 @@ class Recipe(Section):
     """The model that the losses distillation, hidden_states, embedding and attention learn from."""
     teachers: list[Teacher] = []
     """In place of `teacher`, where there are several."""
+    reweight: Reweight | None = None
+    """Weights for the rows of data.train in every loss, by how much they look like data.target."""
     kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
     """What computes the losses: Triton on a GPU and chunked PyTorch elsewhere, or the plain formulas (reference)."""
     training: Training = Training()
@@ -396,9 +408,14 @@ def sources_of(recipe: Recipe) -> list[tuple[str, Source]]:
     return [(name, source) for name, source in named if source is not None]
 
 
+def has_weights(recipe: Recipe) -> bool:
+    """Whether training examples may weigh unequally."""
+    return recipe.data.weight_column is not None or recipe.reweight is not None
+
+
 def target_splits(recipe: Recipe) -> list[str]:
-    """Those of unlabelled rows that are trained on."""
-    return [f"target.{name}.train" for name in recipe.data.target]
+    """Those of unlabelled rows that are trained on, in an order that is not the recipe's, which says nothing."""
+    return [f"target.{name}.train" for name in sorted(recipe.data.target)]
 
 
 def metrics_of(recipe: Recipe) -> tuple[Metric, ...]:

@@ -24,7 +24,7 @@ from fleetune.train.teacher import (
     label_columns,
     load_teacher_config,
     load_teachers,
-    teacher_digest,
+    weights_digest,
 )
 
 NAMES = ["negative", "positive"]
@@ -165,7 +165,7 @@ def test_a_teacher_that_was_trained_again_is_another(folder: Path, tmp_path: Pat
     def digest(path: Path) -> str:
         found = recipe(folder, model_name_or_path=str(path))
         key, teacher = teachers_of(found)[0]
-        return teacher_digest(teacher, load_teacher_config(found, teacher, key, load_tokenizer(found)))
+        return weights_digest(teacher, load_teacher_config(found, teacher, key, load_tokenizer(found)))
 
     again = write_model(tmp_path / "again", seed=5)
     loaded(folder).module.save_pretrained(tmp_path / "copy")  # type: ignore[operator]

@@ -18,7 +18,17 @@ from pathlib import Path
 import torch
 
 from fleetune import runs
-from fleetune.train import cadence, checkpoint, distributed, engine, manifest, model_folder, signals, zero
+from fleetune.train import (
+    cadence,
+    checkpoint,
+    distributed,
+    engine,
+    manifest,
+    model_folder,
+    signals,
+    source_weights,
+    zero,
+)
 from fleetune.train.alignment import Outputs
 from fleetune.train.batches import MicroBatch
 from fleetune.train.distributed import World
@@ -48,6 +58,8 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
     """
     setup = set_up(run, world)
     recipe, total = setup.recipe, setup.total_steps
+    if recipe.reweight is not None and world.is_main:
+        source_weights.write(recipe, setup.data, run)
     progress, restoring = _resume(setup)
     saver = checkpoint.Saver(setup.engine, run, world, recipe.checkpoint, progress.step)
     note = start_notes(run, recipe, total, progress, logs, restoring) if world.is_main else Notes()

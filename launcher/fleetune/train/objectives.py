@@ -29,7 +29,7 @@ from fleetune.losses import (
     L2Penalty,
     MeanSquaredError,
 )
-from fleetune.schema import Recipe, losses_of
+from fleetune.schema import Recipe, has_weights, losses_of
 from fleetune.train import zero
 from fleetune.train.alignment import PROJECTIONS, Match, Outputs
 from fleetune.train.batches import IGNORED, MicroBatch
@@ -92,7 +92,7 @@ def build_terms(
             compare = _maps if loss.compare == "maps" else functools.partial(_relations, loss.relation_heads)
             term = Term(loss.kind, loss.weight, _tokens_weight, functools.partial(compare, own, shares))
         elif loss.kind in OF_DOMAINS:
-            term = domain_term(loss, index, recipe.kernels, weighted=recipe.data.weight_column is not None)
+            term = domain_term(loss, index, recipe.kernels, weighted=has_weights(recipe))
         else:
             continue
         same = sum(known.name.startswith(term.name) for known in terms)

@@ -74,6 +74,7 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     counted = _check_model(recipe, config)
     return {
         **prepared.report,
+        **_reweighted(recipe, prepared),
         "teachers": _check_teachers(recipe, config, counted["num_hidden_layers"], tokenizer, prepared),
         **counted,
         "has_fast_bf16": has_fast_bf16(),
@@ -83,10 +84,21 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _reweighted(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    """What the source's weights come to, with a warning where they leave little."""
+    if recipe.reweight is None:
+        return {}
+    from fleetune.train.source_weights import describe, fitted, warning
+
+    described = describe(recipe, fitted(recipe, prepared))
+    warnings = [text for text in (prepared.report.get("warning"), warning(described)) if text is not None]
+    return {"reweight": described} | ({"warning": "; ".join(warnings)} if warnings else {})
+
+
 def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: Any, data: Prepared) -> str:
     """What the teachers are, as a hash; `layers`: how many of them the student has in the end."""
     from fleetune.train.alignment import matches_of
-    from fleetune.train.teacher import check_teacher, load_teacher_config, teacher_digest
+    from fleetune.train.teacher import check_teacher, load_teacher_config, weights_digest
     from fleetune.train.teacher_cache import check_cache
 
     configs, digests = [], []
@@ -96,7 +108,7 @@ def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: 
             continue
         configs.append(load_teacher_config(recipe, teacher, key, tokenizer))
         check_teacher(recipe, teacher, key, configs[-1], tokenizer, data.label_names)
-        digests.append(teacher_digest(teacher, configs[-1]))
+        digests.append(weights_digest(teacher, configs[-1]))
     if not digests:
         return ""
     student = copy.deepcopy(config)

@@ -14,7 +14,7 @@ import torch
 from fleetune import runs
 from fleetune.batch import Batch, cut_batch, total_steps
 from fleetune.schema import Recipe, hours_between_failures
-from fleetune.train import engine, zero
+from fleetune.train import engine, source_weights, zero
 from fleetune.train.alignment import Asked, Outputs, add_projections, asked_by, matches_of, run
 from fleetune.train.batches import (
     Augmenter,
@@ -132,6 +132,8 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
     batch = cut_batch(recipe.training, world.world_size)
     tokenizer = load_tokenizer(recipe)
     data = prepare(recipe, tokenizer)
+    if recipe.reweight is not None:
+        data = source_weights.weighted(recipe, data, run, world)
     config = engine.deepspeed_config(recipe, batch)
     model = build_model(recipe, data.label_names, engine.weights_dtype(recipe), config)
     sizes = {name: zero.numel(p) for name, p in model.named_parameters()}

@@ -18,7 +18,7 @@ OF_TARGETS = 0x7A26E7  # sets the draw apart from others of the same seed
 
 
 def target_split(recipe: Recipe, data: Prepared) -> Split | None:
-    """The target sets as one, in the recipe's order; None where there are none."""
+    """The target sets as one, in the order of their names; None where there are none."""
     splits = [data.splits[name] for name in target_splits(recipe)]
     if len(splits) < 2:
         return splits[0] if splits else None

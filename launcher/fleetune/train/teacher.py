@@ -14,7 +14,7 @@ from torch import nn
 
 from fleetune.batch import Batch
 from fleetune.losses import Distillation
-from fleetune.schema import Recipe, Teacher, teachers_of
+from fleetune.schema import Model, Recipe, Teacher, teachers_of
 from fleetune.train import zero
 from fleetune.train.alignment import Asked, Outputs, asked_by, run
 from fleetune.train.batches import MicroBatch
@@ -121,7 +121,7 @@ def load_teacher_config(recipe: Recipe, teacher: Teacher, key: str, tokenizer: A
     return config
 
 
-def teacher_digest(teacher: Teacher, config: Any) -> str:
+def weights_digest(model: Model | Teacher, config: Any) -> str:
     """What a run that goes on must find as it was: the commit on the hub, or a local model's weights.
 
     Of these the size and both ends of each file, which another training changes: whole files of large models would
@@ -130,7 +130,7 @@ def teacher_digest(teacher: Teacher, config: Any) -> str:
     if getattr(config, "_commit_hash", None):
         return str(config._commit_hash)
     digest = hashlib.sha256()
-    folder = Path(model_location(str(teacher.model_name_or_path)))
+    folder = Path(model_location(str(model.model_name_or_path)))
     for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
         size = path.stat().st_size
         with path.open("rb") as file:
