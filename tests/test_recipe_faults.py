@@ -435,7 +435,6 @@ def of_domains() -> Iterator[Fault]:
             for name in ("a.b", "7", "", "a/b")
         ),
         ("data.target.far.train.where", {"data.target.far.train.where": {"label": 1}}, "reads the labels (label)"),
-        ("data.target.far.test", {"data.test": None}, "is evaluated beside data.test"),
         ("data.target.far.validation", {"data.validation": None}, "is evaluated beside data.validation"),
         ("losses.1.kind", {**regression, "losses": [{"kind": "mse"}, {"kind": "lmmd"}]}, "is for classes"),
         ("losses.1.kind", {**regression, "losses": [{"kind": "mse"}, {"kind": "entropy"}]}, "is for classes"),

@@ -152,11 +152,8 @@ def _domain_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         if data.label_column in target.train.where:
             key = f"data.target.{name}.train.where"
             yield key, target.train.where, f"reads the labels ({data.label_column}) of what is to be unlabelled"
-        for split in ("validation", "test"):
-            if getattr(target, split) is not None and getattr(data, split) is None:
-                missing = split == "test" or data.validation_fraction is None
-                if missing:
-                    yield f"data.target.{name}.{split}", "...", f"is evaluated beside data.{split}, which is not there"
+        if target.validation is not None and data.validation is None and data.validation_fraction is None:
+            yield f"data.target.{name}.validation", "...", "is evaluated beside data.validation, which is not there"
     if targets and any(teacher.cache is not None for _, teacher in teachers_of(recipe)):
         yield "data.target", list(targets), "a teacher's cache has no rows of these; let the teacher run"
     if recipe.reweight is not None:

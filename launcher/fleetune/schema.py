@@ -106,7 +106,7 @@ class Target(Section):
     validation: Source | None = None
     """Labelled rows, evaluated as `NAME/accuracy` beside data.validation's; no weights are chosen by them."""
     test: Source | None = None
-    """Labelled rows, evaluated once, beside data.test's."""
+    """Labelled rows, evaluated once, with the weights that are kept."""
 
 
 Cleaning = Literal[

@@ -18,6 +18,7 @@ from fleetune import runs
 from fleetune.train.batches import compose_epoch
 from fleetune.train.data import prepare
 from fleetune.train.model import load_tokenizer
+from fleetune.train.source_weights import fitted
 from fleetune.train.targets import partners
 from fleetune.verify import difference, exact_metrics
 from fleetune_kernels import reference_mmd
@@ -236,6 +237,7 @@ def trained(workspace: Path) -> dict[str, runs.Run]:
     for name, accumulate in (("one-pass", False), ("two-passes", True)):
         losses = [MIXED[0], *({"kind": kind, "accumulate": accumulate} for kind in ("mmd", "coral"))]
         made[name] = make_run(_recipe(workspace, f"run-{name}", (1, 1), losses, **dropout), 1)
+    made |= _weighted_runs(workspace)
     sizes = {name: 2 if name.startswith("zero") else 1 for name in made}
     jobs = {size: [Job(str(run.path)) for name, run in made.items() if sizes[name] == size] for size in (1, 2)}
     first, second = [], []
@@ -248,6 +250,29 @@ def trained(workspace: Path) -> dict[str, runs.Run]:
         second += [Job(str(made[name].path), values=values)] if stop < 6 else []
     work_together([(1, jobs[1]), (2, [*jobs[2], *first]), (2, second)])
     return made
+
+
+def _weighted_runs(workspace: Path) -> dict[str, runs.Run]:
+    """One by `reweight`, and one by a column of the weights that this comes to."""
+    losses = [{"kind": "cross_entropy"}, LOSSES["mmd"], LOSSES["dann"]]
+    values = _recipe(workspace, "run-reweighted", (1, 1), losses, reweight={"method": "domain_classifier"})
+    reweighted = make_run(values, 1)
+    recipe = reweighted.recipe()
+    weights = fitted(recipe, prepare(recipe, load_tokenizer(recipe)))
+    assert weights.std() > 0.1
+    rows = [json.loads(line) for line in (workspace / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.dumps({**row, "weight": weight}) for row, weight in zip(rows, weights.tolist(), strict=True)]
+    (workspace / "weighted.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    values = _recipe(workspace, "run-column", (1, 1), losses)
+    values["data"] |= {"train": {"path": str(workspace / "weighted.jsonl")}, "weight_column": "weight"}
+    return {"reweighted": reweighted, "column": make_run(values, 1)}
+
+
+def test_reweighting_is_a_column_of_weights(trained: dict[str, runs.Run]) -> None:
+    one, other = trained["reweighted"], trained["column"]
+    assert exact_metrics(one.path) == exact_metrics(other.path)
+    assert exact_metrics(one.path) != exact_metrics(trained["one-pass"].path)
+    assert len(runs.read_jsonl(one.path / "source_weights.jsonl")) == ROWS
 
 
 def _weights(run: runs.Run) -> dict[str, torch.Tensor]:

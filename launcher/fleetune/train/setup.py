@@ -13,6 +13,7 @@ import torch
 
 from fleetune import runs
 from fleetune.batch import Batch, cut_batch, total_steps
+from fleetune.losses import OF_DOMAINS
 from fleetune.schema import Recipe, hours_between_failures
 from fleetune.train import engine, source_weights, zero
 from fleetune.train.alignment import Asked, Outputs, add_projections, asked_by, matches_of, run
@@ -54,7 +55,7 @@ class Setup:
     batch: Batch
     tokenizer: Any
     data: Prepared
-    target: Split | None  # the rows of all target sets
+    target: Split | None  # the rows of all target sets, where a loss is between them and the source
     total_steps: int
     terms: list[Term]
     teachers: list[LoadedTeacher | CachedTeacher]
@@ -158,7 +159,7 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
         batch,
         tokenizer,
         data,
-        target_split(recipe, data),
+        target_split(recipe, data) if any(loss.kind in OF_DOMAINS for loss in recipe.losses) else None,
         total_steps(recipe.training, data.report["sequences"], batch),
         build_terms(
             recipe,

@@ -45,9 +45,10 @@ def look_ahead(
     terms: list[Term],
     window: list[MicroBatch],
 ) -> list[Replay]:
-    """One for each micro-batch; without a first pass where no term asks for one. A collective."""
+    """One for each micro-batch; without a first pass where no term asks for one, or there is but one micro-batch, whose
+    loss is formed in its own pass. A collective."""
     asking = {term.name: term.statistic for term in terms if term.statistic is not None}
-    if not asking:
+    if not asking or len(window) == 1:
         return [Replay()] * len(window)
     states, seen = [], []
     with torch.no_grad():
