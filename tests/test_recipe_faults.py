@@ -703,7 +703,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "blank.jsonl": [{"text": " ", "label": 0}, {"text": "", "label": 1}],
     "weights.jsonl": [{"text": "a", "label": 0, "w": -1.0}, {"text": "b", "label": 1, "w": 1.0}],
     "nothing.jsonl": [],
+    "other.jsonl": [{"words": "a"}],
 }
+FAR = "data.target={far: {train: {path: unlabelled.jsonl}}}"
 SHOWN_LATER: list[tuple[str, tuple[str, ...], str]] = [
     ("data.label_column", ("data.label_column=lable",), "did you mean `label`?"),
     ("data.text_column", ("data.text_column=sentence",), "it has text, label, score"),
@@ -736,6 +738,27 @@ SHOWN_LATER: list[tuple[str, tuple[str, ...], str]] = [
     ("model.model_name_or_path", ("model.model_name_or_path=package://no_such/model",), "pip install no-such"),
     ("model.model_name_or_path", ("model.model_name_or_path=package://yaml/model",), "has no model folder `model`"),
     ("model.model_name_or_path", ("model.model_name_or_path=.",), "cannot be loaded"),
+    ("losses.1.layer", (FAR, "losses=[{kind: cross_entropy}, {kind: mmd, layer: 7}]"), "the model has layers 0 to 6"),
+    (
+        "losses.1.layers",
+        (FAR, "losses=[{kind: cross_entropy}, {kind: jmmd, layers: [pooled, 7]}]"),
+        "there is no such layer",
+    ),
+    (
+        "data.text_column",
+        ("data.target={far: {train: {path: other.jsonl}}}",),
+        "the data has no such column; it has words",
+    ),
+    (
+        "data.label_column",
+        ("data.target={far: {train: {path: train.jsonl}, test: {path: words.jsonl}}}",),
+        "row 0 of target.far.test (counted from 0) has 'yes'",
+    ),
+    (
+        "data.cleaning",
+        ("data.target={far: {train: {path: blank.jsonl}}}", "data.cleaning=[drop_empty]"),
+        "leaves no rows of target.far.train",
+    ),
 ]
 
 

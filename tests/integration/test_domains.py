@@ -259,7 +259,7 @@ def _weighted_runs(workspace: Path) -> dict[str, runs.Run]:
     reweighted = make_run(values, 1)
     recipe = reweighted.recipe()
     weights = fitted(recipe, prepare(recipe, load_tokenizer(recipe)))
-    assert weights.std() > 0.1
+    assert weights.std() > 0.01
     rows = [json.loads(line) for line in (workspace / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     lines = [json.dumps({**row, "weight": weight}) for row, weight in zip(rows, weights.tolist(), strict=True)]
     (workspace / "weighted.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
