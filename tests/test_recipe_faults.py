@@ -740,6 +740,11 @@ SHOWN_LATER: list[tuple[str, tuple[str, ...], str]] = [
     ("model.model_name_or_path", ("model.model_name_or_path=.",), "cannot be loaded"),
     ("losses.1.layer", (FAR, "losses=[{kind: cross_entropy}, {kind: mmd, layer: 7}]"), "the model has layers 0 to 6"),
     (
+        "losses.1.layer",
+        (FAR, "losses=[{kind: cross_entropy}, {kind: coral, layer: bert.encoder.layers.1}]"),
+        "no such module; there is e.g. `bert.encoder.layer.1`",
+    ),
+    (
         "losses.1.layers",
         (FAR, "losses=[{kind: cross_entropy}, {kind: jmmd, layers: [pooled, 7]}]"),
         "there is no such layer",

@@ -128,7 +128,17 @@ def _layer(value: Any) -> Any:
     raise PydanticCustomError("layer", "should be pooled, logits, probabilities, or a layer's number from 0")
 
 
-Layer = Annotated[Literal["pooled", "logits", "probabilities"] | NotNegativeInt, BeforeValidator(_layer)]
+def _layer_or_name(value: Any) -> Any:
+    if isinstance(value, str) and "." in value:
+        return value
+    try:
+        return _layer(value)
+    except PydanticCustomError as error:
+        raise PydanticCustomError("layer", f"{error.message()}, or a module's dotted name") from None
+
+
+KnownLayer = Annotated[Literal["pooled", "logits", "probabilities"] | NotNegativeInt, BeforeValidator(_layer)]
+Layer = Annotated[Literal["pooled", "logits", "probabilities"] | NotNegativeInt | str, BeforeValidator(_layer_or_name)]
 
 
 class _Scheduled(Section):
@@ -161,8 +171,8 @@ class Mmd(_WithKernels):
     """Maximum mean discrepancy between the features of source and target rows (Gretton et al. 2012; Long et al.,
     arXiv 1502.02791). Several layers, each with its own weight, are several of these."""
     layer: Layer = "pooled"
-    """pooled: what the model's last linear map reads; logits; probabilities; or a layer's output, by its number from 0,
-    averaged over each row's tokens."""
+    """pooled: what the model's last linear map reads; logits; probabilities; or what a layer gives, by its number from
+    0, or any module by its dotted name (bert.encoder.layer.3.attention), averaged over each row's tokens."""
     estimator: Literal["biased", "unbiased", "linear"] = "biased"
     """The V-statistic, which is never below 0; the U-statistic, whose mean is right; or consecutive pairs alone."""
     bandwidth: Annotated[float, Field(gt=0.0)] | None = None
@@ -199,8 +209,8 @@ class Dann(_Scheduled):
     """A discriminator learns to tell source from target rows, and the model, by its reversed gradient, to give it
     nothing to tell them by (Ganin et al., arXiv 1505.07818). The weight is the reversed gradient's; the discriminator's
     own is 1. It is trained and kept in checkpoints with the model, and left out of the model that is saved."""
-    layer: Layer = "pooled"
-    """As for mmd."""
+    layer: KnownLayer = "pooled"
+    """As for mmd, but for names."""
     hidden_size: Positive = 128
     """Of the discriminator's one hidden layer."""
 

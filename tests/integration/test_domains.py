@@ -28,7 +28,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "mmd": {"kind": "mmd"},
     "mmd_unbiased": {"kind": "mmd", "estimator": "unbiased", "layer": 0, "bandwidth": 0.5, "num_kernels": 3},
     "mmd_linear": {"kind": "mmd", "estimator": "linear", "layer": "logits", "factor": 3.0},
-    "jmmd": {"kind": "jmmd", "layers": ["pooled", "probabilities", 1]},
+    "jmmd": {"kind": "jmmd", "layers": ["pooled", "probabilities", 1, "bert.encoder.layer.0.output"]},
     "lmmd": {"kind": "lmmd"},
     "coral": {"kind": "coral"},
     "dann": {"kind": "dann", "weight": 0.3},

@@ -34,7 +34,7 @@ class Outputs:
     values: tuple[torch.Tensor, ...] = ()  # each layer's (B, L, D_v), before they are cut into heads
     projected: dict[str, torch.Tensor] = field(default_factory=dict)  # (B, L, D of the teacher), by Match.name
     head: Head | None = None  # of language models
-    pooled: torch.Tensor | None = None  # (B, D) what the last linear map reads, where a loss between domains is
+    read: dict[str, torch.Tensor] = field(default_factory=dict)  # (B, D) or (B, L, D), of the layers that have names
     domain_logits: dict[str, torch.Tensor] = field(default_factory=dict)  # (B,) each discriminator's
 
 
@@ -218,7 +218,7 @@ def run(
             tuple(values),
             outputs.get("projected") or {},
             head,
-            outputs.get("pooled"),
+            outputs.get("read") or {},
             outputs.get("domain_logits") or {},
         )
 

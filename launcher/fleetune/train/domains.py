@@ -8,8 +8,11 @@ entropy are sums over rows like any other.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import functools
 import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,23 +48,26 @@ def check_layers(recipe: Recipe, model: Any) -> None:
                 raise ValueError(f"{key}: there is no such layer; the model has layers 0 to {depth - 1}")
             if layer == "pooled" and head_of(model, model.config.num_labels) is None:
                 raise ValueError(f"{key}: a {model.config.model_type} model ends in no linear map; name a layer")
+            names = [name for name, _ in model.named_modules()]
+            if isinstance(layer, str) and "." in layer and layer not in names:
+                near = ", ".join(f"`{name}`" for name in difflib.get_close_matches(layer, names, 2, 0.0))
+                raise ValueError(f"{key}: the model has no such module; there is e.g. {near}")
 
 
 def layer_of(
     layer: int | str,
     logits: torch.Tensor,  # (B, C)
     hidden_states: Any,  # the embedding's, then each layer's (B, L, D)
-    pooled: torch.Tensor | None,  # (B, D)
+    read: Mapping[str, torch.Tensor],  # (B, D) or (B, L, D)
     attention_mask: torch.Tensor,  # (B, L)
 ) -> torch.Tensor:  # (B, D), in fp32
-    if layer == "pooled":
-        assert pooled is not None
-        return precise(pooled)
     if layer == "logits":
         return precise(logits)
     if layer == "probabilities":
         return precise(logits).softmax(-1)
-    states = precise(hidden_states[int(layer) + 1])
+    states = precise(read[layer] if isinstance(layer, str) else hidden_states[layer + 1])
+    if states.dim() == 2:
+        return states
     mask = attention_mask[:, :, None].to(states.dtype)
     return (states * mask).sum(1) / mask.sum(1)
 
@@ -70,7 +76,7 @@ def collect(layers: list[int | str], outputs: Outputs, batch: MicroBatch) -> Fea
     assert outputs.logits is not None
     source, target = slice(0, batch.examples), slice(batch.examples, batch.examples + batch.targets)
     mask = batch.inputs["attention_mask"]
-    found = [layer_of(layer, outputs.logits, outputs.hidden_states, outputs.pooled, mask) for layer in layers]
+    found = [layer_of(layer, outputs.logits, outputs.hidden_states, outputs.read, mask) for layer in layers]
     return Features(
         [layer[source] for layer in found],
         [layer[target] for layer in found],
@@ -202,19 +208,18 @@ def add_domain_heads(model: Any, recipe: Recipe) -> None:
     if made:
         model.add_module(DISCRIMINATORS, nn.ModuleDict(made))
 
+    named = {layer for loss in losses for layer in layers_of(loss) if isinstance(layer, str) and "." in layer}
+
     def forward(self: nn.Module, *inputs: Any, reversal: dict[str, float] | None = None, **keywords: Any) -> Any:
-        read: list[torch.Tensor] = []
-        hook = None if head is None else head.register_forward_pre_hook(lambda _, given: read.append(given[0]))
-        try:
+        read: dict[str, torch.Tensor] = {}
+        with _reading(self, head, named, read):
             outputs = plain(*inputs, **keywords)
-        finally:
-            if hook is not None:
-                hook.remove()
         mask = keywords["attention_mask"]
-        if read:
-            outputs["pooled"] = _of_rows(read[-1], mask)
+        if "pooled" in read:
+            read["pooled"] = _of_rows(read["pooled"], mask)
+        outputs["read"] = read
         if reversal:
-            given = outputs.logits, outputs.get("hidden_states"), outputs.get("pooled"), mask
+            given = outputs.logits, outputs.get("hidden_states"), read, mask
             outputs["domain_logits"] = {
                 name: _scores(made[name], layer_of(loss.layer, *given), reversal[name])
                 for name, loss in compared.items()
@@ -222,6 +227,29 @@ def add_domain_heads(model: Any, recipe: Recipe) -> None:
         return outputs
 
     model.forward = types.MethodType(forward, model)
+
+
+@contextlib.contextmanager
+def _reading(
+    model: nn.Module, head: nn.Module | None, names: set[str], read: dict[str, torch.Tensor]
+) -> Iterator[None]:
+    """Within it, `read` takes what the head reads, as `pooled`, and what the modules of these names give."""
+
+    def give(name: str, output: Any) -> None:
+        read[name] = output if isinstance(output, torch.Tensor) else output[0]
+
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: give(name, output))
+        for name, module in model.named_modules()
+        if name in names
+    ]
+    if head is not None:
+        hooks.append(head.register_forward_pre_hook(lambda _, inputs: give("pooled", inputs)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _discriminator(loss: Dann, model: Any, head: nn.Linear | None) -> nn.Module:
