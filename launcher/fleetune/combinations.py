@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fleetune.data_section import Data
 from fleetune.losses import (
     OF_A_TEACHER,
     OF_DOMAINS,
@@ -19,7 +20,6 @@ from fleetune.losses import (
 from fleetune.schema import (
     DATA_SUFFIXES,
     METRICS,
-    Data,
     Recipe,
     has_weights,
     losses_of,

@@ -11,8 +11,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from fleetune.data_section import Source
 from fleetune.losses import OF_DOMAINS
-from fleetune.schema import Recipe, Source, best_metric_of
+from fleetune.schema import Recipe, best_metric_of
 
 Figures = dict[str, dict[str, Any]]  # by name, as `comparison.summary` has them
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from fleetune.batch import Batch
-from fleetune.schema import Augmentation
+from fleetune.data_section import Augmentation
 from fleetune.train.data import Split, encode
 from fleetune.train.sources import Ints
 

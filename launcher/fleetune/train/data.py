@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fleetune.schema import Recipe, RecipeError, Source, sources_of, target_splits
+from fleetune.data_section import Source
+from fleetune.schema import Recipe, RecipeError, sources_of, target_splits
 from fleetune.train import language
 from fleetune.train.cache import cache_folder, cache_key, file_hash, locked
 from fleetune.train.cleaning import Rows, clean

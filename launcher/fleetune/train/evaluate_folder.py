@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetune import runs
+from fleetune.data_section import Source
 from fleetune.recipe import local_or_hub
-from fleetune.schema import DATA_SUFFIXES, Recipe, RecipeError, Source
+from fleetune.schema import DATA_SUFFIXES, Recipe, RecipeError
 from fleetune.train.report import print_report
 
 if TYPE_CHECKING:
