@@ -54,8 +54,9 @@ class Data(Section):
     test: Source | None = None
     """Evaluated once, with the weights that are kept."""
     target: dict[str, Target] = {}
-    """Domains, by name, that the model should work on as well: see the losses between domains. The rows of all of them
-    are drawn as of one set, in fresh order each time that they are through."""
+    """Domains, by name, that the model should work on as well: see the losses between domains. Where there is one, each
+    micro-batch has as many of their rows beside its own, drawn as of one set, in fresh order each time that they are
+    through; steps, epochs and batch sizes count data.train alone."""
     text_column: str = "text"
     """The column that the model reads."""
     text_pair_column: str | None = None

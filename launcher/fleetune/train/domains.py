@@ -124,7 +124,8 @@ def _compare(loss: Any, kernels: str, weighted: bool, features: Features) -> tor
         value: torch.Tensor = coral(source[0], target[0], **ranks)
         return value
     kernel: dict[str, Any] = {"num_kernels": loss.num_kernels, "factor": loss.factor, "backend": kernels, **ranks}
-    weights = features.weights if weighted else None
+    # Where all rows that meet have weight 0 they count alike; a mean of nothing would be no number.
+    weights = features.weights.clamp(min=1e-12) if weighted else None
     if isinstance(loss, Lmmd):
         probabilities = features.probabilities
         value = lmmd(source[0], target[0], features.labels, probabilities, bandwidth=loss.bandwidth, **kernel)
