@@ -41,7 +41,7 @@ RULES = (
     Rule(
         f"{FLEETUNE}/**/*.py",
         ("fleetune_kernels",),
-        tuple(f"{FLEETUNE}/train/{name}.py" for name in ("objectives", "model", "shift")),
+        tuple(f"{FLEETUNE}/train/{name}.py" for name in ("objectives", "domains", "model", "shift")),
     ),
     # torch and what brings it stand in train/ alone; the launcher starts it as a program.
     Rule(f"{FLEETUNE}/*.py", (*HEAVY, "fleetune.train")),
@@ -53,6 +53,7 @@ RULES = (
         for name, above in (
             ("sections", ("fleetune.losses", "fleetune.schema", "fleetune.recipe", "fleetune.runs")),
             ("losses", ("fleetune.schema", "fleetune.combinations", "fleetune.recipe", "fleetune.runs")),
+            ("data_section", ("fleetune.losses", "fleetune.schema", "fleetune.recipe", "fleetune.runs")),
             ("schema", ("fleetune.strict_yaml", "fleetune.combinations", "fleetune.recipe", "fleetune.runs")),
             ("strict_yaml", ("fleetune.combinations", "fleetune.recipe", "fleetune.runs")),
             ("combinations", ("fleetune.strict_yaml", "fleetune.recipe", "fleetune.runs")),

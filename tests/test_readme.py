@@ -1,4 +1,4 @@
-"""Every command of the README is run, in its order; those that need a hub are parsed and their recipes read."""
+"""Every command of the README is run, in its order; those that need a hub or hours have their recipes read."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ DATA = "$FLEETUNE_DATA"  # the public data sets, which are not always there
 
 def needs_hub(arguments: list[str]) -> bool:
     return any("hub" in argument or "recipes/lm/qwen" in argument for argument in arguments)
+
+
+def is_long(arguments: list[str]) -> bool:
+    return any("recipes/amazon" in argument for argument in arguments)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,7 @@ def test_the_recipe_that_it_shows_trains_what_the_shipped_one_does(tmp_path: Pat
     assert {key for key in ours | shipped if ours.get(key) != shipped.get(key)} == {"name", "training.logging_steps"}
 
 
-@pytest.mark.parametrize("arguments", [a for a in FLEETUNE if not needs_hub(a)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [a for a in FLEETUNE if not needs_hub(a) and not is_long(a)], ids=" ".join)
 def test_runs(folder: Path, arguments: list[str], request: pytest.FixtureRequest) -> None:
     there = ""
     if any(DATA in argument or "recipes/lm/" in argument for argument in arguments):
@@ -82,14 +86,16 @@ def test_runs(folder: Path, arguments: list[str], request: pytest.FixtureRequest
     assert ("did you mean `learning_rate`?" in done.stderr) is wrong
 
 
-@pytest.mark.parametrize("arguments", [a for a in FLEETUNE if needs_hub(a)], ids=" ".join)
-def test_is_understood(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arguments", [a for a in FLEETUNE if needs_hub(a) or is_long(a)], ids=" ".join)
+def test_is_understood(arguments: list[str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if is_long(arguments):
+        monkeypatch.setenv("FLEETUNE_DATA", str(request.getfixturevalue("shared_data")))
     command = typer.main.get_command(app)
     name, sub, rest = command.resolve_command(command.make_context("fleetune", list(arguments)), list(arguments))  # type: ignore[attr-defined]
     context = sub.make_context(name, rest)
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(context.params["recipe"], list(context.params["overrides"]))
-    assert recipe.data.train.path in ("nyu-mll/glue", "tatsu-lab/alpaca")
+    assert recipe.data.train.path.endswith(("nyu-mll/glue", "tatsu-lab/alpaca", "amazon/books.jsonl"))
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])

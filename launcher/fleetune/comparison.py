@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fleetune import runs
+from fleetune.gap import gaps_closed
 from fleetune.schema import Recipe, RecipeError, teachers_of
 
 WIDTH = 100  # of a table; runs that find no room stand in a second one
@@ -263,6 +264,8 @@ def tables(rows: list[Row]) -> list[Table]:
     """A column for each row and a line for each figure; as many tables as WIDTH takes."""
     is_mixed = any(len(row.members) > 1 for row in rows)
     columns = [_cells(row) | ({"n": str(len(row.members))} if is_mixed else {}) for row in rows]
+    for cells, closed in zip(columns, _gaps(rows), strict=True):
+        cells |= {f"gap closed, {line}": f"{value:.2f}" for line, value in closed.items()}
     label = 4 + max(len(line) for cells in columns for line in cells)
     groups: list[list[dict[str, str]]] = []
     room = 0
@@ -274,6 +277,10 @@ def tables(rows: list[Row]) -> list[Table]:
         groups[-1].append(cells)
         room -= needed
     return [_table(group) for group in groups]
+
+
+def _gaps(rows: list[Row]) -> list[dict[str, float]]:
+    return gaps_closed([(row.members[0].recipe, summary(row)) for row in rows])
 
 
 def _figures_width(cells: dict[str, str]) -> int:
@@ -359,7 +366,7 @@ def as_json(rows: list[Row], machine: dict[str, Any] | None) -> dict[str, Any]:
         "versions": runs.versions(),
         "commit": runs.source_commit(),
         "machine": machine,
-        "rows": [_json_row(row) for row in rows],
+        "rows": [{**_json_row(row), "gap_closed": gap} for row, gap in zip(rows, _gaps(rows), strict=True)],
     }
 
 

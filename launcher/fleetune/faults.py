@@ -56,11 +56,15 @@ def inside(values: Any, part: str | int) -> Any:
 def _sections_at(path: Path_, values: Any, root: type[Section]) -> list[type[Section]]:
     """The schema classes that may stand at a path of the file."""
     found: list[type[Section]] = [root]
+    is_name = False  # of a map of names, whose sections are told by no key
     for part in path:
         values = inside(values, part)
-        if isinstance(part, int):
+        if isinstance(part, int) or is_name:
+            is_name = False
             continue
-        found = [m for section in found if part in _fields(section) for m in _models(_fields(section)[part].annotation)]
+        annotations = [_fields(section)[part].annotation for section in found if part in _fields(section)]
+        found = [m for annotation in annotations for m in _models(annotation)]
+        is_name = any(get_origin(annotation) is dict for annotation in annotations)
     kind = values.get("kind") if isinstance(values, dict) else None
     if len(found) > 1:  # a union by kind
         found = [m for m in found if kind in get_args(m.model_fields["kind"].annotation)] or found

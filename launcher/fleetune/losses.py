@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from fleetune.sections import Fraction, NotNegative, Positive, Section
+from fleetune.sections import Fraction, NotNegative, NotNegativeInt, Positive, Section
 
 
 def _layer_map(value: Any) -> Any:
@@ -118,9 +118,133 @@ class Attention(Section):
     """For values: into how many heads both models' values are cut; the student's own number when absent."""
 
 
+# ---------------------------------------------------------------- between the source and the target of data.target
+
+
+def _layer(value: Any) -> Any:
+    """One message where the union below would give several."""
+    if value in ("pooled", "logits", "probabilities") or (type(value) is int and value >= 0):
+        return value
+    raise PydanticCustomError("layer", "should be pooled, logits, probabilities, or a layer's number from 0")
+
+
+def _layer_or_name(value: Any) -> Any:
+    if isinstance(value, str) and "." in value:
+        return value
+    try:
+        return _layer(value)
+    except PydanticCustomError as error:
+        raise PydanticCustomError("layer", f"{error.message()}, or a module's dotted name") from None
+
+
+KnownLayer = Annotated[Literal["pooled", "logits", "probabilities"] | NotNegativeInt, BeforeValidator(_layer)]
+Layer = Annotated[Literal["pooled", "logits", "probabilities"] | NotNegativeInt | str, BeforeValidator(_layer_or_name)]
+
+
+class _Scheduled(Section):
+    weight: float = 1.0
+    """What this loss is multiplied by in the sum of all, when its schedule has reached the whole of it."""
+    schedule: Literal["constant", "linear", "sigmoid"] = "constant"
+    """How the weight grows with the share p of training that is done: not at all, as p, or as 2 / (1 + exp(-10 p)) - 1
+    (Ganin et al., arXiv 1505.07818)."""
+
+
+class _Compared(_Scheduled):
+    """Of two sets of rows as a whole, and no sum over rows: what is compared is a part of its meaning."""
+
+    accumulate: bool = False
+    """false: one loss for each micro-batch, over the rows of all ranks, and their mean over a step: it depends on the
+    micro-batch, and not on the number of ranks. true: one loss over all the rows of a step, however they are cut, for
+    one forward pass more: the features first, without gradient, then the same pass with the same dropout, to which the
+    loss's gradient by the features is handed (gradient caching, arXiv 2101.06983)."""
+
+
+class _WithKernels(_Compared):
+    num_kernels: Positive = 5
+    """Gaussians in the kernel's sum."""
+    factor: Annotated[float, Field(gt=0.0)] = 2.0
+    """Each Gaussian's variance is so many times that of the one before."""
+
+
+class Mmd(_WithKernels):
+    kind: Literal["mmd"]
+    """Maximum mean discrepancy between the features of source and target rows (Gretton et al. 2012; Long et al.,
+    arXiv 1502.02791). Several layers, each with its own weight, are several of these."""
+    layer: Layer = "pooled"
+    """pooled: what the model's last linear map reads; logits; probabilities; or what a layer gives, by its number from
+    0, or any module by its dotted name (bert.encoder.layer.3.attention), averaged over each row's tokens."""
+    estimator: Literal["biased", "unbiased", "linear"] = "biased"
+    """The V-statistic, which is never below 0; the U-statistic, whose mean is right; or consecutive pairs alone."""
+    bandwidth: Annotated[float, Field(gt=0.0)] | None = None
+    """The variance of the middle Gaussian; the mean squared distance between the batch's rows when absent."""
+
+
+class Jmmd(_WithKernels):
+    kind: Literal["jmmd"]
+    """Joint MMD: the kernel is the product of several layers' kernels (Long et al., arXiv 1605.06636)."""
+    layers: Annotated[list[Layer], Field(min_length=2)] = ["pooled", "probabilities"]
+    """At least two, each as mmd's layer."""
+    estimator: Literal["biased", "unbiased", "linear"] = "biased"
+    """As for mmd."""
+
+
+class Lmmd(_WithKernels):
+    kind: Literal["lmmd"]
+    """Local MMD: class by class, with the model's own probabilities as the target's labels (Zhu et al. 2020)."""
+    layer: Layer = "pooled"
+    """As for mmd."""
+    bandwidth: Annotated[float, Field(gt=0.0)] | None = None
+    """As for mmd."""
+
+
+class Coral(_Compared):
+    kind: Literal["coral"]
+    """|C_s - C_t|² / (4 D²) of the features' covariances (Sun and Saenko, arXiv 1607.01719)."""
+    layer: Layer = "pooled"
+    """As for mmd."""
+
+
+class Dann(_Scheduled):
+    kind: Literal["dann"]
+    """A discriminator learns to tell source from target rows, and the model, by its reversed gradient, to give it
+    nothing to tell them by (Ganin et al., arXiv 1505.07818). The weight is the reversed gradient's; the discriminator's
+    own is 1. It is trained and kept in checkpoints with the model, and left out of the model that is saved."""
+    layer: KnownLayer = "pooled"
+    """As for mmd, but for names."""
+    hidden_size: Positive = 128
+    """Of the discriminator's one hidden layer."""
+
+
+class Entropy(_Scheduled):
+    kind: Literal["entropy"]
+    """The mean entropy of the predictions for target rows: draws boundaries away from them (Grandvalet and Bengio
+    2004)."""
+
+
 Loss = Annotated[
-    CrossEntropy | MeanSquaredError | L1Penalty | L2Penalty | Distillation | HiddenStates | Embedding | Attention,
+    CrossEntropy
+    | MeanSquaredError
+    | L1Penalty
+    | L2Penalty
+    | Distillation
+    | HiddenStates
+    | Embedding
+    | Attention
+    | Mmd
+    | Jmmd
+    | Lmmd
+    | Coral
+    | Dann
+    | Entropy,
     Field(discriminator="kind"),
 ]
 OF_A_TEACHER = ("distillation", "hidden_states", "embedding", "attention")
+OF_DOMAINS = ("mmd", "jmmd", "lmmd", "coral", "dann", "entropy")
 OF_LOGITS = ("cross_entropy", "mse", "distillation")
+
+
+def layers_of(loss: Any) -> list[int | str]:
+    """What a loss between domains compares."""
+    if isinstance(loss, Jmmd):
+        return list(loss.layers)
+    return [loss.layer] if isinstance(loss, Mmd | Lmmd | Coral | Dann) else []

@@ -95,7 +95,14 @@ def _localise(values: dict[str, Any], origin: str, folder: Path) -> None:
     """Expands variables and makes paths absolute, in the values that one file or override set."""
     teachers = values.get("teachers")
     listed = range(len(teachers)) if isinstance(teachers, list) else ()
-    for key in (*_PATH_KEYS, *(("teachers", i, key) for i in listed for key in ("model_name_or_path", "cache"))):
+    targets = inside(inside(values, "data"), "target")
+    named = list(targets) if isinstance(targets, dict) else []
+    keys: tuple[Path_, ...] = (
+        *_PATH_KEYS,
+        *(("teachers", i, key) for i in listed for key in ("model_name_or_path", "cache")),
+        *(("data", "target", name, split, "path") for name in named for split in ("train", "validation", "test")),
+    )
+    for key in keys:
         parent, last = _lookup(values, key)
         if isinstance(parent, dict) and isinstance(parent.get(last), str):
             where = f"{origin}: {dotted(key)}"

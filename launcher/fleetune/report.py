@@ -37,7 +37,7 @@ def split_lines(recipe: Recipe, report: dict[str, Any]) -> Iterator[str]:
     """What preparing found in each split."""
     for split, count in report["rows"].items():
         line = (
-            f"{split:<11}{count} rows, {report['tokens'][split] / count:.1f} tokens each, "
+            f"{split:<10} {count} rows, {report['tokens'][split] / count:.1f} tokens each, "
             f"{report['truncated'][split]} cut at {recipe.data.max_length}"
         )
         if recipe.task == "causal_lm":
@@ -46,10 +46,16 @@ def split_lines(recipe: Recipe, report: dict[str, Any]) -> Iterator[str]:
                 f"; {report['format'][split]}: {share:.0%} of the tokens are learnt; left out: "
                 f"{report['empty'][split]} rows with nothing to learn, {report['too_long'][split]} too long"
             )
-        elif report["label_names"]:
+        elif split in report["labels"]:
             labels = zip(report["label_names"], report["labels"][split], strict=True)
             line += "; " + ", ".join(f"{name}: {n}" for name, n in labels)
         yield line
+    if "reweight" in report:
+        found = report["reweight"]
+        yield (
+            f"reweight   {found['method']}: the {found['rows']} rows of train count as "
+            f"{found['effective_sample_size']:.0f} of equal weight; {found['at_the_highest']} have the highest"
+        )
     if recipe.task == "causal_lm":
         counts, width = report["lengths"]["train"], recipe.data.max_length
         bounds = [round(width * i / len(counts)) for i in range(len(counts) + 1)]

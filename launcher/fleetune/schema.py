@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from fleetune.data_section import Data, Reweight, Source
 from fleetune.lora import Lora
 from fleetune.losses import OF_LOGITS, CrossEntropy, Loss, MeanSquaredError
 from fleetune.sections import Fraction, NotNegative, NotNegativeInt, Positive, Scalar, Section
@@ -85,68 +86,6 @@ class Model(Section):
     """Values that replace those of the model's own config, e.g. hidden_dropout_prob: 0.0."""
     trust_remote_code: bool = False
     """Lets a model run Python code of its own that lies beside its weights: for authors you trust."""
-
-
-class Source(Section):
-    path: str
-    """A hub data set, or a local .tsv, .csv, .json, .jsonl or .parquet file, or a .txt of paragraphs (column text)."""
-    name: str | None = None
-    """The hub data set's configuration, e.g. sst2."""
-    split: str | None = None
-    """The hub data set's split; `train` when absent."""
-    revision: str | None = None
-    """The hub data set's branch, tag or commit."""
-    limit: Positive | None = None
-    """Takes the first rows only, of those that `where` keeps."""
-    where: dict[str, Scalar] = {}
-    """Keeps the rows whose columns have these values, e.g. {split: train}."""
-
-
-Cleaning = Literal[
-    "unicode_nfc", "unicode_nfkc", "strip_html", "collapse_whitespace", "drop_empty", "drop_duplicates", "drop_leaked"
-]
-
-
-class Augmentation(Section):
-    kind: Literal["word_dropout", "random_swap", "random_deletion"]
-    """word_dropout puts the tokenizer's mask token, or its unknown one, in a word's place; the others swap, delete."""
-    probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """For each word."""
-
-
-class Data(Section):
-    train: Source
-    """What the model learns from."""
-    validation: Source | None = None
-    """Evaluated while the model is trained: it chooses the best checkpoint and stops early."""
-    test: Source | None = None
-    """Evaluated once, with the weights that are kept."""
-    text_column: str = "text"
-    """The column that the model reads."""
-    text_pair_column: str | None = None
-    """The second text of a pair, such as two sentences to compare."""
-    label_column: str = "label"
-    """A class, by number or name; for regression a number."""
-    weight_column: str | None = None
-    """A column of per-example weights; each loss is divided by their sum."""
-    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Splits validation off the training data, by seed, where there is no validation split."""
-    format: Literal["text", "prompt_completion", "alpaca", "sharegpt", "messages"] | None = None
-    """For causal_lm, what a row holds; told by the columns' names when absent."""
-    chat_template: str | None = None
-    """For causal_lm: how messages become one text, in Jinja, or a .jinja file; the tokenizer's own when absent."""
-    loss_on: Literal["assistant", "all"] = "assistant"
-    """For causal_lm: which tokens are learnt, those of the answers or every one. Plain text is learnt whole."""
-    too_long: Literal["cut_right", "cut_left", "drop"] = "cut_right"
-    """For causal_lm, with rows longer than max_length; both ways are counted."""
-    packing: bool = False
-    """For causal_lm: several rows in one sequence of max_length, none of which sees another."""
-    max_length: Annotated[int, Field(ge=2)] = 128
-    """Tokens; what is longer is cut, and counted."""
-    cleaning: list[Cleaning] = []
-    """Steps in the order they run; each reports how many rows it touched."""
-    augmentation: list[Augmentation] = []
-    """Training rows only, drawn anew every epoch by (seed, epoch, row)."""
 
 
 class Training(Section):
@@ -330,6 +269,8 @@ class Recipe(Section):
     """The model that the losses distillation, hidden_states, embedding and attention learn from."""
     teachers: list[Teacher] = []
     """In place of `teacher`, where there are several."""
+    reweight: Reweight | None = None
+    """Weights for the rows of data.train in every loss, by how much they look like data.target."""
     kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
     """What computes the losses: Triton on a GPU and chunked PyTorch elsewhere, or the plain formulas (reference)."""
     training: Training = Training()
@@ -379,6 +320,25 @@ def teachers_of(recipe: Recipe) -> list[tuple[str, Teacher]]:
     return single + [(f"teachers.{i}", teacher) for i, teacher in enumerate(recipe.teachers)]
 
 
+def sources_of(recipe: Recipe) -> list[tuple[str, Source]]:
+    """Each data set with its key's path below `data`, which is its split's name too."""
+    data = recipe.data
+    named = [("train", data.train), ("validation", data.validation), ("test", data.test)]
+    for name, target in data.target.items():
+        named += [(f"target.{name}.{split}", getattr(target, split)) for split in ("train", "validation", "test")]
+    return [(name, source) for name, source in named if source is not None]
+
+
+def has_weights(recipe: Recipe) -> bool:
+    """Whether training examples may weigh unequally."""
+    return recipe.data.weight_column is not None or recipe.reweight is not None
+
+
+def target_splits(recipe: Recipe) -> list[str]:
+    """Those of unlabelled rows that are trained on, in an order that is not the recipe's, which says nothing."""
+    return [f"target.{name}.train" for name in sorted(recipe.data.target)]
+
+
 def metrics_of(recipe: Recipe) -> tuple[Metric, ...]:
     if recipe.evaluation.metrics:
         return tuple(recipe.evaluation.metrics)
@@ -403,10 +363,13 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["losses"]["minItems"] = 1
     definitions = schema["$defs"]
     # A loss or an augmentation stands in a list, which is replaced as a whole: its keys stay required.
-    required = {name: definitions[name].pop("required") for name in ("Model", "Data", "Source")}
+    required = {name: definitions[name].pop("required") for name in ("Model", "Data", "Source", "Target")}
     whole = {"required": schema.pop("required"), "properties": {}}
     whole["properties"]["model"] = {"required": required["Model"]}
     whole["properties"]["data"] = {"required": required["Data"], "properties": {}}
     for split in ("train", "validation", "test"):
         whole["properties"]["data"]["properties"][split] = {"required": required["Source"]}
+    splits = {split: {"required": required["Source"]} for split in ("train", "validation", "test")}
+    target = {"additionalProperties": {"required": required["Target"], "properties": splits}}
+    whole["properties"]["data"]["properties"]["target"] = target
     return {**schema, "if": {"not": {"required": ["extends"]}}, "then": whole}

@@ -57,6 +57,9 @@ def short_form(recipe: Recipe, name: str, folder: Path, steps: int, save_steps: 
     validation = recipe.data.validation
     if validation is not None:
         validation = validation.model_copy(update={"limit": min(validation.limit or 64, 64)})
+    targets = {
+        key: target.model_copy(update={"validation": None, "test": None}) for key, target in recipe.data.target.items()
+    }
     return recipe.model_copy(
         update={
             "name": name,
@@ -64,7 +67,7 @@ def short_form(recipe: Recipe, name: str, folder: Path, steps: int, save_steps: 
             "training": recipe.training.model_copy(update={"max_steps": steps, "logging_steps": 1}),
             "checkpoint": recipe.checkpoint.model_copy(update={"save_steps": save_steps, "mtbf_hours": None}),
             "tracking": recipe.tracking.model_copy(update={"wandb": None}),
-            "data": recipe.data.model_copy(update={"validation": validation, "test": None}),
+            "data": recipe.data.model_copy(update={"validation": validation, "test": None, "target": targets}),
         }
     )
 
@@ -264,6 +267,8 @@ def compare_cuts(
 ) -> list[tuple[Batch, Difference]]:
     """The gradient of the first global batch under each cut against the first cut's, in fp32 and without dropout.
 
+    Losses between domains that are of a micro-batch by the recipe are taken over the whole batch here, at full weight.
+
     Raises:
         RuntimeError: one of them failed; with its reason.
     """
@@ -283,7 +288,9 @@ def compare_cuts(
         )
         model = recipe.model.model_copy(update={"config": {**recipe.model.config, **dict.fromkeys(dropout, 0.0)}})
         cut_recipe = short_form(recipe, f"cut-{number}", folder, 1, 1)
-        cut_recipe = cut_recipe.model_copy(update={"training": training, "model": model})
+        cut_recipe = cut_recipe.model_copy(
+            update={"training": training, "model": model, "losses": list(map(_of_the_whole_batch, recipe.losses))}
+        )
         place = Layout(1, batch.world_size, max(1, layout.threads * layout.world_size // batch.world_size))
         run = runs.open_run(cut_recipe, place.stored())
         file = run.path / "gradient.safetensors"
@@ -295,6 +302,13 @@ def compare_cuts(
         found.append((batch, difference(reference, gradient)))
         say(f"cut as {batch}")
     return found
+
+
+def _of_the_whole_batch(loss: Any) -> Any:
+    changes = {"schedule": "constant", "accumulate": True, "estimator": "biased"}
+    linear = getattr(loss, "estimator", None) == "linear"
+    there = {key: value for key, value in changes.items() if hasattr(loss, key) and (key != "estimator" or linear)}
+    return loss.model_copy(update=there)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetune.batch import Batch
-from fleetune.schema import Augmentation
+from fleetune.data_section import Augmentation
 from fleetune.train.batches import (
     Augmenter,
     augment_text,

@@ -15,7 +15,8 @@ from torch.nn import functional
 from fleetune.schema import Recipe
 from fleetune.train.alignment import Outputs
 from fleetune.train.batches import MicroBatch
-from fleetune.train.objectives import Term, build_penalties, build_terms
+from fleetune.train.objectives import build_penalties, build_terms
+from fleetune.train.terms import Term
 
 CPU = torch.device("cpu")
 NAMES = ["bert.embeddings.word.weight", "bert.layer.0.dense.weight", "bert.layer.0.dense.bias", "classifier.weight"]
@@ -69,6 +70,18 @@ def test_each_task_has_a_term_of_its_own() -> None:
 def test_penalties_are_no_terms_and_a_terms_weight_is_the_recipes() -> None:
     losses = [{"kind": "l2_penalty", "weight": 1.0}, {"kind": "cross_entropy", "weight": 0.25}]
     assert [(t.name, t.weight) for t in build_terms(recipe(*losses), CPU)] == [("cross_entropy", 0.25)]
+
+
+def test_losses_between_domains_are_numbered_and_their_weights_follow_a_schedule() -> None:
+    losses = [{"kind": "cross_entropy"}, {"kind": "mmd", "weight": 2.0, "schedule": "linear"}]
+    losses += [{"kind": "mmd", "layer": 0, "schedule": "sigmoid"}, {"kind": "dann", "weight": 0.5}]
+    _, linear, sigmoid, dann = build_terms(recipe(*losses), CPU)
+    assert [linear.name, sigmoid.name, dann.name] == ["mmd", "mmd_2", "dann"]
+    assert [linear.weight_at(done) for done in (0.0, 0.5, 1.0)] == [0.0, 1.0, 2.0]
+    assert sigmoid.weight_at(0.0) == 0.0
+    assert sigmoid.weight_at(0.1) == pytest.approx(2 / (1 + np.exp(-1.0)) - 1)
+    assert sigmoid.weight_at(1.0) == pytest.approx(1.0, abs=1e-4)
+    assert [dann.weight_at(done) for done in (0.0, 1.0)] == [0.5, 0.5]
 
 
 # ---------------------------------------------------------------- values

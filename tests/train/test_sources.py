@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fleetune.schema import Source
+from fleetune.data_section import Source
 from fleetune.train.sources import DataError, Table, open_source
 
 KINDS = (".tsv", ".csv", ".json", ".jsonl", ".parquet")

@@ -17,7 +17,7 @@ from fleetune.cluster.file_systems import existing, why_unshared
 from fleetune.cluster.profile import Profile, minutes_of
 from fleetune.cluster.site import Cluster, Nodes, ask
 from fleetune.faults import shown
-from fleetune.schema import Recipe, RecipeError, teachers_of
+from fleetune.schema import Recipe, RecipeError, sources_of, teachers_of
 
 Fault = tuple[str, Any, str]  # the profile's key, its value, what would be right
 MOST_NAMES = 20
@@ -272,5 +272,4 @@ def hub_cache(environment: dict[str, str]) -> Path:
 
 
 def _data(recipe: Recipe) -> list[tuple[str, str]]:
-    splits = (("train", recipe.data.train), ("validation", recipe.data.validation), ("test", recipe.data.test))
-    return [(split, source.path) for split, source in splits if source is not None]
+    return [(split, source.path) for split, source in sources_of(recipe)]

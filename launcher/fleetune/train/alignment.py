@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fleetune.losses import Attention, Embedding, HiddenStates
+from fleetune.losses import Attention, Embedding, HiddenStates, layers_of
 from fleetune.schema import Recipe, losses_of
 from fleetune.train.head import Head, has_fused_head
 from fleetune.train.surgery import FAMILIES, value_projections
@@ -46,6 +46,8 @@ class Outputs:
     projected: dict[str, torch.Tensor] = field(default_factory=dict)  # (B, L, D of the teacher), by Match.name
     head: Head | None = None  # of language models
     stored: StoredTokens | None = None  # of a language model's teacher, in its place
+    read: dict[str, torch.Tensor] = field(default_factory=dict)  # (B, D) or (B, L, D), of the layers that have names
+    domain_logits: dict[str, torch.Tensor] = field(default_factory=dict)  # (B,) each discriminator's
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,11 @@ class Asked:
 def asked_by(recipe: Recipe) -> Asked:
     losses = losses_of(recipe)
     compared = {loss.compare for loss in losses if isinstance(loss, Attention)}
+    by_number = any(isinstance(layer, int) for loss in losses for layer in layers_of(loss))
     return Asked(
-        any(isinstance(loss, HiddenStates | Embedding) for loss in losses), "maps" in compared, "values" in compared
+        by_number or any(isinstance(loss, HiddenStates | Embedding) for loss in losses),
+        "maps" in compared,
+        "values" in compared,
     )
 
 
@@ -205,7 +210,7 @@ def add_projections(model: nn.Module, matches: list[Match], recipe: Recipe) -> N
 def run(
     forward: Callable[..., Any],
     module: nn.Module,
-    inputs: dict[str, torch.Tensor],
+    inputs: dict[str, Any],
     asked: Asked,
     compute: Callable[[Outputs], T],
 ) -> T:
@@ -225,6 +230,8 @@ def run(
             tuple(values),
             outputs.get("projected") or {},
             head,
+            read=outputs.get("read") or {},
+            domain_logits=outputs.get("domain_logits") or {},
         )
 
     keywords = asked.keywords()

@@ -6,14 +6,15 @@ A global batch is composed from (seed, epoch, lengths) alone, never from the num
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from fleetune.batch import Batch
-from fleetune.schema import Augmentation
+from fleetune.data_section import Augmentation
 from fleetune.train.data import Split, encode
 from fleetune.train.sources import Ints
 
@@ -48,9 +49,14 @@ def compose_epoch(
 
 def cut_window(rows: Ints, batch: Batch, rank: int) -> list[Ints]:
     """This rank's micro-batches of a global batch. All ranks get equally many; in a short window some may be empty."""
+    return [slot[rank] for slot in cut_slots(rows, batch)]
+
+
+def cut_slots(rows: Ints, batch: Batch) -> list[list[Ints]]:
+    """The micro-batches of a global batch, one list for each place in the window, of all ranks."""
     slots = -(-len(rows) // (batch.micro_batch_size * batch.world_size))
     pieces = np.array_split(rows, slots * batch.world_size)
-    return [pieces[step * batch.world_size + rank] for step in range(slots)]
+    return [pieces[slot * batch.world_size : (slot + 1) * batch.world_size] for slot in range(slots)]
 
 
 @dataclass(frozen=True)
@@ -62,19 +68,19 @@ class MicroBatch:
     tokens: int  # without padding
     examples: int  # without filler rows
     supervised: torch.Tensor | None = None  # (R,) where `labels`, flattened, has a token to learn
+    targets: int = 0  # so many rows of the target stand behind the examples, without label, and of weight 0
+    everyone: tuple[int, ...] = ()  # where there is a target: the examples of every rank at this place in the window
 
     def to(self, device: torch.device) -> MicroBatch:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
-        return MicroBatch(
-            {name: move(tensor) for name, tensor in self.inputs.items()},
-            move(self.labels),
-            move(self.weights),
-            self.rows,
-            self.tokens,
-            self.examples,
-            None if self.supervised is None else move(self.supervised),
+        return replace(
+            self,
+            inputs={name: move(tensor) for name, tensor in self.inputs.items()},
+            labels=move(self.labels),
+            weights=move(self.weights),
+            supervised=None if self.supervised is None else move(self.supervised),
         )
 
 
@@ -84,7 +90,6 @@ def collate(
     """Pads to the longest row. No rows at all give one filler row of weight 0: every rank must run every collective."""
     if split.supervised is not None:
         return collate_tokens(split, [rows[i : i + 1] for i in range(len(rows))], pad_token_id, pad_to_multiple_of)
-    assert split.labels is not None
     filler = len(rows) == 0
     chosen = np.zeros(1, dtype=np.int64) if filler else rows
     if augment is not None:
@@ -106,13 +111,38 @@ def collate(
     weights = np.ones(len(chosen), dtype=np.float32) if split.weights is None else np.array(split.weights[chosen])
     if filler:
         weights[:] = 0.0
+    labels = np.full(len(chosen), IGNORED) if split.labels is None else np.array(split.labels[chosen])
     return MicroBatch(
         inputs,
-        torch.from_numpy(np.array(split.labels[chosen])),
+        torch.from_numpy(labels),
         torch.from_numpy(weights),
         np.array(split.index[chosen]),
         0 if filler else int(lengths.sum()),
         0 if filler else len(chosen),
+    )
+
+
+def with_target(source: MicroBatch, target: MicroBatch, pad_token_id: int, everyone: tuple[int, ...]) -> MicroBatch:
+    """Both as one micro-batch, the target's rows behind the source's. A filler row stays alone."""
+    if not source.examples:
+        return replace(source, everyone=everyone)
+    width = max(micro.inputs["input_ids"].shape[1] for micro in (source, target))
+
+    def widened(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        value = pad_token_id if name == "input_ids" else 0
+        return functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
+
+    return replace(
+        source,
+        inputs={
+            name: torch.cat([widened(name, tensor), widened(name, target.inputs[name])])
+            for name, tensor in source.inputs.items()
+        },
+        labels=torch.cat([source.labels, target.labels.to(source.labels.dtype)]),
+        weights=torch.cat([source.weights, torch.zeros_like(target.weights)]),
+        tokens=source.tokens + target.tokens,
+        targets=target.examples,
+        everyone=everyone,
     )
 
 
@@ -160,20 +190,30 @@ def collate_tokens(
 
 
 class Augmenter:
-    """Augments and tokenises training rows, each drawn from (seed, epoch, row) alone: any cut draws the same."""
+    """Augments and tokenises training rows, each drawn from (seed, epoch, row) alone: any cut draws the same.
+
+    `stream` sets another data set's draws apart.
+    """
 
     def __init__(
-        self, texts: Any, steps: list[Augmentation], tokenizer: Any, max_length: int, seed: int, epoch: int
+        self,
+        texts: Any,
+        steps: list[Augmentation],
+        tokenizer: Any,
+        max_length: int,
+        seed: int,
+        epoch: int,
+        stream: tuple[int, ...] = (),
     ) -> None:
         self.texts, self.steps, self.tokenizer, self.max_length = texts, steps, tokenizer, max_length
-        self.seed, self.epoch = seed, epoch
+        self.seed, self.epoch, self.stream = seed, epoch, stream
         self.blank = tokenizer.mask_token or tokenizer.unk_token or ""
 
     def __call__(self, rows: Ints) -> list[Any]:
-        texts = [
-            augment_text(text, self.steps, self.blank, np.random.default_rng([self.seed, self.epoch, int(row)]))
-            for row, text in zip(rows, self.texts[rows.tolist()]["text"], strict=True)
-        ]
+        texts = []
+        for row, text in zip(rows, self.texts[rows.tolist()]["text"], strict=True):
+            random = np.random.default_rng([self.seed, self.epoch, int(row), *self.stream])
+            texts.append(augment_text(text, self.steps, self.blank, random))
         return list(encode(self.tokenizer, [texts], self.max_length)["input_ids"])
 
 

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fleetune.schema import Recipe, Source
+from fleetune.schema import Recipe, sources_of
 from fleetune.train.sources import DataError, load_hub
 
 CACHE_FORMAT = 4  # raise it when the arrays or the cleaning change
-SPLITS = ("train", "validation", "test")
 
 
 def cache_folder() -> Path:
@@ -37,15 +36,12 @@ def file_hash(path: str, key: str) -> str:
 def cache_key(recipe: Recipe, tokenizer: Any) -> str:
     """What the arrays depend on: the data's content, the tokenizer's, and the settings that make one of the other."""
     sources = {}
-    for name in SPLITS:
-        source: Source | None = getattr(recipe.data, name)
-        if source is None:
-            continue
+    for name, source in sources_of(recipe):
         local = Path(source.path).is_absolute()
         # On the hub, what datasets makes of the revision and the loading.
         content = file_hash(source.path, name) if local else load_hub(source, name)._fingerprint
         sources[name] = [content, source.name, source.split, source.limit, source.where, Path(source.path).suffix]
-    data = recipe.data.model_dump(exclude=set(SPLITS) | {"augmentation"})
+    data = recipe.data.model_dump(exclude={"train", "validation", "test", "target", "augmentation"})
     parts = [
         CACHE_FORMAT,
         recipe.task,

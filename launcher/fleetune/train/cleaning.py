@@ -47,8 +47,9 @@ class Rows:
 def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]]:
     """Runs the steps in order, in place; returns how many rows each touched, by split.
 
-    Steps that change text run on every split; those that drop rows run on the training split alone, so that
-    validation and test stay the sets that others report on.
+    Steps that change text run on every split; those that drop rows run on the training splits alone, so that
+    validation and test stay the sets that others report on. Those are `train`, and the targets' `target.NAME.train`,
+    whose rows have no label to be empty.
     """
     report: dict[str, dict[str, int]] = {}
     for step in steps:
@@ -62,21 +63,30 @@ def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]
                         rows.texts[i] = changed
                         touched[name] += 1
         else:
-            train = splits["train"]
-            held_out = {texts for name, rows in splits.items() if name != "train" for texts in rows.texts}
-            seen: set[tuple[str, ...]] = set()
-            kept = []
-            for i, texts in enumerate(train.texts):
-                if step == "drop_empty":
-                    drop = train.labels[i] is None or not all(text.strip() for text in texts)
-                else:
-                    drop = texts in (held_out if step == "drop_leaked" else seen)
-                    seen.add(texts)
-                if not drop:
-                    kept.append(i)
-            touched["train"] = len(train.texts) - len(kept)
-            splits["train"] = train.only(kept)
+            trained = [name for name in splits if name.endswith("train")]
+            held_out = {texts for name, rows in splits.items() if name not in trained for texts in rows.texts}
+            for name in trained:
+                kept = _kept(splits[name], step, held_out, is_labelled=name == "train")
+                touched[name] = len(splits[name].texts) - len(kept)
+                splits[name] = splits[name].only(kept)
         report[step] = touched
-    if not splits["train"].texts:
-        raise DataError(f"data.cleaning = {steps}: leaves no training rows")
+    for name, rows in splits.items():
+        if not rows.texts:
+            what = "training rows" if name == "train" else f"rows of {name}"
+            raise DataError(f"data.cleaning = {steps}: leaves no {what}")
     return report
+
+
+def _kept(rows: Rows, step: str, held_out: set[tuple[str, ...]], *, is_labelled: bool) -> list[int]:
+    """The places of those that a step leaves."""
+    seen: set[tuple[str, ...]] = set()
+    kept = []
+    for i, texts in enumerate(rows.texts):
+        if step == "drop_empty":
+            drop = (is_labelled and rows.labels[i] is None) or not all(text.strip() for text in texts)
+        else:
+            drop = texts in (held_out if step == "drop_leaked" else seen)
+            seen.add(texts)
+        if not drop:
+            kept.append(i)
+    return kept

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fleetune.schema import Recipe, RecipeError, Source
+from fleetune.data_section import Source
+from fleetune.schema import Recipe, RecipeError, sources_of, target_splits
 from fleetune.train import language
-from fleetune.train.cache import SPLITS, cache_folder, cache_key, file_hash, locked
+from fleetune.train.cache import cache_folder, cache_key, file_hash, locked
 from fleetune.train.cleaning import Rows, clean
 from fleetune.train.sources import DataError, Ints, Table, no_column, open_source, row_of, weights_of
 
@@ -37,22 +38,25 @@ def _read_rows(recipe: Recipe, source: Source, key: str) -> Rows:
     data = recipe.data
     text_columns = [column for column in (data.text_column, data.text_pair_column) if column is not None]
     weight_column = data.weight_column if key == "train" else None  # weights are for training
-    others = [column for column in (data.label_column, weight_column) if column is not None]
+    label_column = None if key in target_splits(recipe) else data.label_column  # a target's are not even read
+    others = [column for column in (label_column, weight_column) if column is not None]
     table = open_source(source, key, text_columns, others)
-    for field in ("text_column", "text_pair_column", "label_column", "weight_column"):
-        column = getattr(data, field) if field != "weight_column" else weight_column
+    given = {field: getattr(data, field) for field in ("text_column", "text_pair_column")}
+    for field, column in {**given, "label_column": label_column, "weight_column": weight_column}.items():
         if column is not None and column not in table.columns:
             raise no_column(f"data.{field}", column, table.names)
     columns = [_texts(table, column, key) for column in text_columns]
+    if label_column is None:
+        return Rows(list(zip(*columns, strict=True)), [None] * len(table), None, table.index)
     weights = None if weight_column is None else weights_of(table, weight_column)
-    labels = [None if isinstance(label, float) and np.isnan(label) else label for label in table.columns[others[0]]]
+    labels = [None if isinstance(label, float) and np.isnan(label) else label for label in table.columns[label_column]]
     for i, label in enumerate(labels):
         if not isinstance(label, str | int | float | None):
             raise DataError(
-                f"data.label_column = {others[0]!r}: {row_of(table.index[i], key)} has {label!r}, which is no label "
+                f"data.label_column = {label_column!r}: {row_of(table.index[i], key)} has {label!r}, which is no label "
                 "(a number or a name)"
             )
-    return Rows(list(zip(*columns, strict=True)), labels, weights, table.index, table.class_names.get(others[0]))
+    return Rows(list(zip(*columns, strict=True)), labels, weights, table.index, table.class_names.get(label_column))
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -166,7 +170,7 @@ class Split:
     input_ids: npt.NDArray[np.int32]  # (total tokens,)
     offsets: Ints  # (rows + 1,)
     token_type_ids: npt.NDArray[np.uint8] | None  # (total tokens,) of pairs, where the model has them
-    labels: npt.NDArray[Any] | None  # (rows,) int64 classes or float32 values; None for language models
+    labels: npt.NDArray[Any] | None  # (rows,) int64 classes or float32 values; None for language models and targets
     weights: npt.NDArray[np.float32] | None  # (rows,)
     index: Ints  # (rows,) the row's number in its source
     texts: Any | None  # training text as an Arrow column, only where it is augmented
@@ -228,7 +232,7 @@ def load_prepared(folder: Path) -> Prepared:
 def _build(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
     data = recipe.data
     read = language.read_rows if recipe.task == "causal_lm" else _read_rows
-    splits = {name: read(recipe, source, name) for name in SPLITS if (source := getattr(data, name)) is not None}
+    splits = {name: read(recipe, source, name) for name, source in sources_of(recipe)}
     if data.validation_fraction is not None:
         splits = _split_off(splits["train"], data.validation_fraction, recipe.training.seed) | {
             name: rows for name, rows in splits.items() if name != "train"
@@ -249,20 +253,21 @@ def _build(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
             for key, value in language.tokenise(recipe, tokenizer, name, rows, folder / name).items():
                 report.setdefault(key, {})[name] = value
             continue
-        labels = _to_numbers(rows, name, recipe, names)
-        np.save(folder / name / "labels.npy", labels)
+        if name not in target_splits(recipe):
+            labels = _to_numbers(rows, name, recipe, names)
+            np.save(folder / name / "labels.npy", labels)
+            if names:
+                report["labels"][name] = np.bincount(labels, minlength=len(names)).tolist()
         np.save(folder / name / "index.npy", rows.index)
         if rows.weights is not None:
             np.save(folder / name / "weights.npy", np.asarray(rows.weights, dtype=np.float32))
-        if name == "train" and data.augmentation:
+        if name in ("train", *target_splits(recipe)) and data.augmentation:
             import datasets
 
             texts = datasets.Dataset.from_dict({"text": [texts[0] for texts in rows.texts]})
             texts.save_to_disk(str(folder / name / "texts"))
         report["rows"][name] = len(rows.texts)
         report["tokens"][name], report["truncated"][name] = _tokenise(rows, tokenizer, data.max_length, folder / name)
-        if names:
-            report["labels"][name] = np.bincount(labels, minlength=len(names)).tolist()
     if names and min(report["labels"]["train"]) == 0:
         missing = [name for name, count in zip(names, report["labels"]["train"], strict=True) if count == 0]
         report["warning"] = f"no training row has the label {', '.join(missing[:10])}"

@@ -44,6 +44,13 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def group() -> dist.ProcessGroup | None:
+    """All ranks; None where there is one."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """In place, and returned."""
     if dist.is_initialized() and dist.get_world_size() > 1:

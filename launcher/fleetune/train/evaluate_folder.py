@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fleetune.data_section import Source
 from fleetune.recipe import local_or_hub
-from fleetune.schema import DATA_SUFFIXES, Recipe, RecipeError, Source
+from fleetune.schema import DATA_SUFFIXES, Recipe, RecipeError
 from fleetune.train.report import print_report
 
 if TYPE_CHECKING:
@@ -29,10 +30,11 @@ def _in_trains_place(recipe: Recipe, data: str, split: str | None, names: list[s
             raise RecipeError(f"--data {data}: should be a file that ends in {', '.join(DATA_SUFFIXES)}")
         if split is not None:
             raise RecipeError(f"--split {split}: is for a hub data set, and --data {data} is a file: leave it out")
-    changed = {
+    changed: dict[str, Any] = {
         "train": source,
         "validation": None,
         "test": None,
+        "target": {},
         "validation_fraction": None,
         "weight_column": None,
         "augmentation": [],

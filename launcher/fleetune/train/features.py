@@ -43,12 +43,18 @@ def load_encoder(model: Model, max_length: int) -> Encoder:
     return Encoder(tokenizer, loaded, device, max_length)
 
 
-@torch.inference_mode()
 def mean_pooled(
     encoder: Encoder, texts: list[str], tell: Callable[[int, int], None] = lambda done, total: None
 ) -> torch.Tensor:  # (rows, D) in fp32, on the CPU
-    """Rows of like length are run together; `tell` is given how many are done, of how many, after every batch."""
-    split = _tokenised(encoder, texts)
+    """`tell` is given how many are done, of how many, after every batch."""
+    return split_features(encoder, _tokenised(encoder, texts), tell)
+
+
+@torch.inference_mode()
+def split_features(
+    encoder: Encoder, split: Split, tell: Callable[[int, int], None] = lambda done, total: None
+) -> torch.Tensor:  # (rows, D) in fp32, on the CPU
+    """As mean_pooled, of what the encoder's tokenizer made of texts. Rows of like length are run together."""
     pad = encoder.tokenizer.pad_token_id or 0  # what it is makes no difference: it is masked
     features: torch.Tensor | None = None
     done = 0
@@ -58,10 +64,10 @@ def mean_pooled(
         mask = inputs["attention_mask"][:, :, None].to(hidden_states.dtype)
         means = ((hidden_states * mask).sum(1) / mask.sum(1)).cpu()
         if features is None:
-            features = means.new_empty(len(texts), means.shape[1])
+            features = means.new_empty(len(split), means.shape[1])
         features[torch.from_numpy(rows.copy())] = means
         done += len(rows)
-        tell(done, len(texts))
+        tell(done, len(split))
     assert features is not None
     return features.clone()  # no inference tensor, which autograd and in-place work would refuse
 

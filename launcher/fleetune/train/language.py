@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fleetune.schema import Recipe, Source
+from fleetune.data_section import Source
+from fleetune.schema import Recipe
 from fleetune.train.cleaning import Rows
 from fleetune.train.conversations import Encoded, Encoder, cut, learns_to_stop, show
 from fleetune.train.formats import FORMATS, Format, NothingToLearn, columns_of, find_format

@@ -11,24 +11,36 @@ import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from fleetune import runs
-from fleetune.train import cadence, checkpoint, distributed, engine, manifest, model_folder, signals, zero
+from fleetune.train import (
+    cadence,
+    checkpoint,
+    distributed,
+    engine,
+    manifest,
+    model_folder,
+    signals,
+    source_weights,
+    zero,
+)
 from fleetune.train.alignment import Outputs
 from fleetune.train.batches import MicroBatch
 from fleetune.train.distributed import World
 from fleetune.train.lora import adapter_names, has_adapter
 from fleetune.train.node_load import node_load
 from fleetune.train.notes import Notes, say, start_notes
-from fleetune.train.objectives import Term
 from fleetune.train.optim import learning_rate
 from fleetune.train.progress import Progress
 from fleetune.train.setup import Epoch, Setup, compose, read_window, set_up
 from fleetune.train.speed import Meter, figures, peak_memory_mb
+from fleetune.train.terms import Features, Term
+from fleetune.train.window import Replay, look_ahead, replayed
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -47,6 +59,8 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
     """
     setup = set_up(run, world)
     recipe, total = setup.recipe, setup.total_steps
+    if recipe.reweight is not None and world.is_main:
+        source_weights.write(recipe, setup.data, run)
     progress, restoring = _resume(setup)
     saver = checkpoint.Saver(setup.engine, run, world, recipe.checkpoint, progress.step)
     note = start_notes(run, recipe, total, progress, logs, restoring) if world.is_main else Notes()
@@ -67,7 +81,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
         ends_epoch, last = progress.position == 0, progress.step >= total
         if progress.evaluated_step < progress.step and _evaluates(setup, progress):
             try:
-                metrics = setup.evaluate("validation")
+                metrics = setup.evaluate_domains("validation")
             except signals.Stopped:
                 continue
             progress.judge(metrics, recipe)
@@ -177,7 +191,7 @@ def forward_backward(
     Divisors are summed over all ranks and micro-batches first, and each term divides by its own; DeepSpeed averages
     gradients over ranks, which the factor world_size undoes. Raises NonFiniteLoss on every rank alike.
     """
-    world, terms = setup.world, setup.terms
+    world, terms, done = setup.world, setup.terms, (step - 1) / setup.total_steps
     counts = torch.zeros(len(terms) + 2, dtype=torch.float64, device=world.device)
     for micro in window:
         for i, term in enumerate(terms):
@@ -188,14 +202,20 @@ def forward_backward(
     )
     distributed.sum_over_ranks(counts)
     sums = torch.zeros(len(terms), dtype=torch.float64, device=world.device)
-    for micro in window:
+    reversal = {term.reversal: term.weight_at(done) for term in terms if term.reversal is not None}
+    more = {"reversal": reversal} if reversal else {}
+    with meter.part("forward"):
+        replays = look_ahead(functools.partial(_draft, setup), terms, window)
+    for micro, replay in zip(window, replays, strict=True):
         if setup.teachers:
             with meter.part("teacher"):
                 taught = [teacher(micro) for teacher in setup.teachers]
         else:
             taught = []
         with meter.part("forward"):
-            values = setup.forward(micro.inputs, functools.partial(_weighted, terms, taught, micro, counts))
+            replay.restore()
+            compute = functools.partial(_weighted, terms, done, taught, micro, replay, counts)
+            values = setup.forward({**micro.inputs, **more}, compute)
             sums += values.detach()
         with meter.part("backward"):
             setup.engine.backward(values.sum() * world.world_size, scale_wrt_gas=False)
@@ -207,11 +227,27 @@ def forward_backward(
     return losses, int(examples), int(tokens)
 
 
+def _draft(setup: Setup, micro: MicroBatch, compute: Callable[[Outputs], list[Features]]) -> list[Features]:
+    return setup.forward(micro.inputs, compute, dropout=True)
+
+
 def _weighted(
-    terms: list[Term], taught: list[Outputs], micro: MicroBatch, counts: torch.Tensor, outputs: Outputs
+    terms: list[Term],
+    done: float,
+    taught: list[Outputs],
+    micro: MicroBatch,
+    replay: Replay,
+    counts: torch.Tensor,
+    outputs: Outputs,
 ) -> torch.Tensor:
-    """(terms,): each one's loss times its weight."""
-    values = [term.weight * term.forward(outputs, taught, micro, counts[i]) for i, term in enumerate(terms)]
+    """(terms,): each one's loss times its weight when this share of training is done."""
+    values = []
+    for i, term in enumerate(terms):
+        if replay.cached is not None and term.name in replay.cached:
+            value = replayed(term, replay.cached[term.name], outputs, micro, counts[i])
+        else:
+            value = term.forward(outputs, taught, micro, counts[i])
+        values.append(value if term.reversal is not None else term.weight_at(done) * value)
     return torch.stack(values)
 
 
@@ -228,7 +264,7 @@ def _finish(setup: Setup, progress: Progress) -> bool:
             if world.is_main:
                 say(f"checkpoint {best.name}, the best one, is damaged or gone; the model is that of the last step")
     try:
-        test = setup.evaluate("test") if "test" in setup.data.splits else {}
+        test = setup.evaluate_domains("test")
     except signals.Stopped:
         return False
     signals.beat("finish")

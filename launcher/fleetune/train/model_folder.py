@@ -11,10 +11,13 @@ from transformers import PreTrainedModel
 
 from fleetune import runs
 from fleetune.recipe import dump_recipe
-from fleetune.schema import Recipe, teachers_of
+from fleetune.schema import Recipe, sources_of, teachers_of
 from fleetune.train.alignment import PROJECTIONS
 from fleetune.train.data import Prepared
+from fleetune.train.domains import DISCRIMINATORS
 from fleetune.train.lora import has_adapter, save_adapter
+
+OF_TRAINING = (f"{PROJECTIONS}.", f"{DISCRIMINATORS}.")
 
 
 def write(
@@ -28,12 +31,13 @@ def write(
 ) -> None:
     """Safetensors, config, tokenizer, card and recipe, written beside and renamed into place.
 
-    Without the projections to a teacher's widths, which serve training alone; of a model with LoRA the adapter.
+    Without the projections to a teacher's widths and the discriminators of domains, which serve training alone; of a
+    model with LoRA the adapter.
     """
     beside = run.path / ".model.part"
     shutil.rmtree(beside, ignore_errors=True)
     assert isinstance(model, PreTrainedModel)
-    kept = {name: tensor for name, tensor in state.items() if not name.startswith(f"{PROJECTIONS}.")}
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(OF_TRAINING)}
     if has_adapter(model):
         save_adapter(model, kept, beside)
     else:
@@ -64,18 +68,20 @@ def card(recipe: Recipe, data: Prepared, report: dict[str, Any]) -> str:
         lines += ["Distilled from " + " and ".join(teachers) + ".", ""]
     if data.label_names:
         lines += ["Labels: " + ", ".join(f"{i} = {name}" for i, name in enumerate(data.label_names)), ""]
+    shown = dict.fromkeys([*report["validation"], *report["test"]])
     lines += [
         "## Metrics",
         "",
-        "| split | " + " | ".join(report["validation"] or report["test"] or {"": 0}) + " |",
-        "|---" * (1 + len(report["validation"] or report["test"] or {"": 0})) + "|",
+        "| split | " + " | ".join(shown or {"": None}) + " |",
+        "|---" * (1 + len(shown or {"": None})) + "|",
     ]
     for split in ("validation", "test"):
         if report[split]:
-            lines.append(f"| {split} | " + " | ".join(f"{value:.4f}" for value in report[split].values()) + " |")
+            values = [f"{report[split][name]:.4f}" if name in report[split] else "" for name in shown]
+            lines.append(f"| {split} | " + " | ".join(values) + " |")
     lines += ["", "## Data", "", "| split | source | rows | tokens |", "|---|---|---|---|"]
     for split, rows in data.report["rows"].items():
-        source = getattr(recipe.data, split)
+        source = dict(sources_of(recipe)).get(split)
         where = (
             "split off train" if source is None else " ".join(filter(None, (source.path, source.name, source.split)))
         )

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from fleetune.losses import (
+    OF_DOMAINS,
     Attention,
     CrossEntropy,
     Distillation,
@@ -28,11 +29,13 @@ from fleetune.losses import (
     L2Penalty,
     MeanSquaredError,
 )
-from fleetune.schema import Recipe, losses_of
+from fleetune.schema import Recipe, has_weights, losses_of
 from fleetune.train import zero
 from fleetune.train.alignment import PROJECTIONS, Match, Outputs, StoredTokens
 from fleetune.train.batches import IGNORED, MicroBatch
+from fleetune.train.domains import DISCRIMINATORS, domain_term
 from fleetune.train.head import Head
+from fleetune.train.terms import Term, divided, precise
 from fleetune_kernels import (
     cross_entropy,
     distillation_loss,
@@ -41,16 +44,6 @@ from fleetune_kernels import (
     supervised_weight,
     topk_distillation_loss,
 )
-
-
-@dataclass(frozen=True)
-class Term:
-    name: str
-    weight: float
-    divisor: Callable[[MicroBatch], torch.Tensor]  # -> scalar, before the model runs
-    forward: Callable[
-        [Outputs, list[Outputs], MicroBatch, torch.Tensor], torch.Tensor
-    ]  # the student's, each teacher's, batch, num_items -> scalar
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ class Penalty:
     power: int  # 1 or 2
 
     def matches(self, parameter: str) -> bool:
-        is_own = not parameter.startswith(f"{PROJECTIONS}.")  # these serve the distillation alone
+        is_own = not parameter.startswith((f"{PROJECTIONS}.", f"{DISCRIMINATORS}."))  # these serve a loss alone
         return is_own and any(fnmatchcase(parameter, pattern) for pattern in self.patterns)
 
     def value(self, shard: torch.Tensor) -> torch.Tensor:
@@ -99,6 +92,8 @@ def build_terms(
         elif isinstance(loss, Attention):
             compare = _maps if loss.compare == "maps" else functools.partial(_relations, loss.relation_heads)
             term = Term(loss.kind, loss.weight, _tokens_weight, functools.partial(compare, own, shares))
+        elif loss.kind in OF_DOMAINS:
+            term = domain_term(loss, index, recipe.kernels, weighted=has_weights(recipe))
         else:
             continue
         same = sum(known.name.startswith(term.name) for known in terms)
@@ -178,18 +173,9 @@ def _examples_weight(batch: MicroBatch) -> torch.Tensor:
 def _mean_squared_error(student: Outputs, _: list[Outputs], batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
     """sum_i u_i (y_i - x_i)² / num_items, in fp32."""
     assert student.logits is not None
-    scores = _precise(student.logits.squeeze(-1))
+    scores = precise(student.logits.squeeze(-1))
     errors = (scores - batch.labels.to(scores.dtype)).square() * batch.weights
-    return _divided(errors.sum(), num_items)
-
-
-def _precise(values: torch.Tensor) -> torch.Tensor:
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def _divided(total: torch.Tensor, num_items: torch.Tensor) -> torch.Tensor:
-    """0 where nothing counts."""
-    return total / num_items.to(total.dtype).clamp(min=torch.finfo(total.dtype).tiny)
+    return divided(errors.sum(), num_items)
 
 
 # ---------------------------------------------------------------- from a teacher
@@ -308,7 +294,7 @@ def _mixed(logits: list[torch.Tensor], shares: Sequence[float], temperature: flo
     if len(logits) == 1:
         return logits[0]
     targets = [
-        functional.log_softmax(_precise(one) / temperature, -1) + math.log(share)
+        functional.log_softmax(precise(one) / temperature, -1) + math.log(share)
         for one, share in zip(logits, shares, strict=True)
     ]
     return temperature * torch.logsumexp(torch.stack(targets), 0)
@@ -336,7 +322,7 @@ def _features(
 
     def compare(match: Match) -> torch.Tensor:
         plain = student.hidden_states[match.student_layer + 1]
-        mine = _precise(student.projected.get(match.name, plain))
+        mine = precise(student.projected.get(match.name, plain))
         theirs = teachers[match.teacher].hidden_states[match.teacher_layer + 1].to(mine.dtype)
         if loss.distance == "cosine":
             return 1 - functional.cosine_similarity(mine, theirs, dim=-1)
@@ -356,7 +342,7 @@ def _maps(
     """Over tokens, the mean over heads of KL(teacher's attention || student's)."""
 
     def compare(match: Match) -> torch.Tensor:
-        mine = _precise(student.attentions[match.student_layer])  # (B, H, L, L)
+        mine = precise(student.attentions[match.student_layer])  # (B, H, L, L)
         theirs = teachers[match.teacher].attentions[match.teacher_layer].to(mine.dtype)
         # In bf16 they sum to 1 only nearly, and the divergence of such could be below 0.
         mine, theirs = (each / each.sum(-1, keepdim=True) for each in (mine, theirs))
@@ -379,7 +365,7 @@ def _relations(
     padding = batch.inputs["attention_mask"][:, None, None, :] == 0
 
     def relation(values: torch.Tensor, cut: int) -> torch.Tensor:
-        each = _precise(values).view(*values.shape[:2], cut, -1).transpose(1, 2)  # (B, H, L, d)
+        each = precise(values).view(*values.shape[:2], cut, -1).transpose(1, 2)  # (B, H, L, d)
         scores: torch.Tensor = each @ each.mT / math.sqrt(each.shape[-1])
         return scores.masked_fill(padding, torch.finfo(scores.dtype).min).log_softmax(-1)
 
@@ -403,4 +389,4 @@ def _over_tokens(
     weights = _token_weights(batch)
     pairs = len(matches) / len(shares)  # of one teacher
     totals = [shares[match.teacher] * (compare(match) * weights).sum() for match in matches]
-    return _divided(torch.stack(totals).sum() / pairs, num_items)
+    return divided(torch.stack(totals).sum() / pairs, num_items)

@@ -74,6 +74,7 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     counted = _check_model(recipe, config)
     return {
         **prepared.report,
+        **_reweighted(recipe, prepared),
         "teachers": _check_teachers(recipe, config, counted["num_hidden_layers"], tokenizer, prepared),
         **counted,
         "has_fast_bf16": has_fast_bf16(),
@@ -81,6 +82,17 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
             name for name, value in config.to_dict().items() if "drop" in name and isinstance(value, float) and value
         ],
     }
+
+
+def _reweighted(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    """What the source's weights come to, with a warning where they leave little."""
+    if recipe.reweight is None:
+        return {}
+    from fleetune.train.source_weights import describe, fitted, warning
+
+    described = describe(recipe, fitted(recipe, prepared))
+    warnings = [text for text in (prepared.report.get("warning"), warning(described)) if text is not None]
+    return {"reweight": described} | ({"warning": "; ".join(warnings)} if warnings else {})
 
 
 def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: Any, data: Prepared) -> str:
@@ -141,6 +153,7 @@ def _check_model(recipe: Recipe, config: Any) -> dict[str, Any]:
 def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
     import torch
 
+    from fleetune.train.domains import check_layers
     from fleetune.train.lora import add_lora
     from fleetune.train.model import auto_model
     from fleetune.train.objectives import build_penalties
@@ -156,6 +169,7 @@ def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
         if recipe.model.lora is not None:
             add_lora(model, recipe, recipe.model.lora, "")
         freeze(model, recipe.model.freeze)
+        check_layers(recipe, model)
         build_penalties(recipe, [name for name, p in model.named_parameters() if p.requires_grad])
     except ValueError as error:
         raise RecipeError(str(error)) from None

@@ -6,29 +6,44 @@ import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from fleetune import runs
 from fleetune.batch import Batch, cut_batch, total_steps
+from fleetune.losses import OF_DOMAINS
 from fleetune.schema import Recipe, hours_between_failures
-from fleetune.train import engine, zero
+from fleetune.train import engine, source_weights, zero
 from fleetune.train.alignment import Asked, Outputs, add_projections, asked_by, matches_of, run
-from fleetune.train.batches import Augmenter, MicroBatch, collate, collate_tokens, compose_epoch, cut_window
-from fleetune.train.data import Prepared, prepare
+from fleetune.train.batches import (
+    Augmenter,
+    MicroBatch,
+    collate,
+    collate_tokens,
+    compose_epoch,
+    cut_slots,
+    cut_window,
+    with_target,
+)
+from fleetune.train.data import Prepared, Split, prepare
 from fleetune.train.distributed import World
+from fleetune.train.domains import add_domain_heads
 from fleetune.train.evaluate import evaluate
 from fleetune.train.generate import continued, exact_match, generator
 from fleetune.train.head import check_head, has_fused_head
 from fleetune.train.model import build_model, load_tokenizer, padding_id
-from fleetune.train.objectives import Term, build_penalties, build_terms
+from fleetune.train.objectives import build_penalties, build_terms
 from fleetune.train.packing import pack
 from fleetune.train.sources import Ints
+from fleetune.train.targets import OF_TARGETS, partners, target_split
 from fleetune.train.teacher import LoadedTeacher, load_teachers, shared_vocabulary
 from fleetune.train.teacher_cache import CachedTeacher
+from fleetune.train.terms import Term
 from fleetune.train.token_cache import CachedTokens
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -41,6 +56,7 @@ class Setup:
     batch: Batch
     tokenizer: Any
     data: Prepared
+    target: Split | None  # the rows of all target sets, where a loss is between them and the source
     total_steps: int
     terms: list[Term]
     teachers: list[LoadedTeacher | CachedTeacher | CachedTokens]
@@ -51,11 +67,17 @@ class Setup:
     mtbf_hours: float
 
     def forward(
-        self, inputs: dict[str, torch.Tensor], compute: Callable[[Outputs], torch.Tensor], *, evaluate: bool = False
-    ) -> torch.Tensor:
-        """What `compute` makes of the engine's forward pass: with dropout where gradients are wanted."""
-        if self.engine.module.training != torch.is_grad_enabled():
-            self.engine.module.train(torch.is_grad_enabled())
+        self,
+        inputs: dict[str, Any],
+        compute: Callable[[Outputs], T],
+        *,
+        evaluate: bool = False,
+        dropout: bool | None = None,
+    ) -> T:
+        """What `compute` makes of the engine's forward pass: with dropout where gradients are wanted, or as it says."""
+        dropout = torch.is_grad_enabled() if dropout is None else dropout
+        if self.engine.module.training != dropout:
+            self.engine.module.train(dropout)
         asked = Asked() if evaluate else self.asked
         with self._precision():
             return run(self.engine, self.engine.module, inputs, asked, compute)
@@ -73,6 +95,14 @@ class Setup:
             metrics["exact_match"] = exact_match(
                 evaluation.exact_match, rows, self.tokenizer, self.generate, size, self.world
             )
+        return metrics
+
+    def evaluate_domains(self, split: str) -> dict[str, float]:
+        """The split's metrics, and those of each target's split of that name, as NAME/METRIC."""
+        metrics = self.evaluate(split) if split in self.data.splits else {}
+        for name in self.recipe.data.target:
+            if (target := f"target.{name}.{split}") in self.data.splits:
+                metrics |= {f"{name}/{metric}": value for metric, value in self.evaluate(target).items()}
         return metrics
 
     def continued(self) -> list[list[str]]:
@@ -104,6 +134,8 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
     batch = cut_batch(recipe.training, world.world_size)
     tokenizer = load_tokenizer(recipe)
     data = prepare(recipe, tokenizer)
+    if recipe.reweight is not None:
+        data = source_weights.weighted(recipe, data, run, world)
     config = engine.deepspeed_config(recipe, batch)
     model = build_model(recipe, data.label_names, engine.weights_dtype(recipe), config)
     sizes = {name: zero.numel(p) for name, p in model.named_parameters()}
@@ -112,6 +144,7 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
     configs = [teacher.config for teacher in teachers if isinstance(teacher, LoadedTeacher)]
     matches = matches_of(recipe, model.config, configs)
     add_projections(model, matches, recipe)
+    add_domain_heads(model, recipe)
     if dtype is not None:
         model.to(dtype)
     started = engine.start_engine(model, recipe, config, build_penalties(recipe, trainable))
@@ -127,6 +160,7 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
         batch,
         tokenizer,
         data,
+        target_split(recipe, data) if any(loss.kind in OF_DOMAINS for loss in recipe.losses) else None,
         total_steps(recipe.training, data.report["sequences"], batch),
         build_terms(
             recipe,
@@ -151,9 +185,13 @@ class Epoch:
     batches: list[Ints]  # each global batch: rows, or packs by their numbers
     packs: list[Ints] | None  # the rows of each pack
     augment: Augmenter | None
+    partners: Ints | None = None  # (rows,) each source row's row of the target
+    augment_target: Augmenter | None = None
 
     def rows(self, batch: Ints) -> Ints:
-        return batch if self.packs is None else np.concatenate([self.packs[number] for number in batch])
+        """All that are read: the source's, then the target's."""
+        rows = batch if self.packs is None else np.concatenate([self.packs[number] for number in batch])
+        return rows if self.partners is None else np.concatenate([rows, self.partners[rows]])
 
 
 def compose(setup: Setup, epoch: int) -> Epoch:
@@ -164,13 +202,23 @@ def compose(setup: Setup, epoch: int) -> Epoch:
         lengths = np.array([lengths[rows].sum() for rows in packs])
     size = setup.batch.global_batch_size
     batches = compose_epoch(lengths, size, training.seed, epoch, training.group_by_length)
-    return Epoch(batches, packs, augmenter(setup, epoch))
+    if setup.target is None:
+        return Epoch(batches, packs, augmenter(setup, setup.data.splits["train"], epoch))
+    return Epoch(
+        batches,
+        packs,
+        augmenter(setup, setup.data.splits["train"], epoch),
+        partners(lengths, setup.target.lengths, training.seed, epoch, training.group_by_length),
+        augmenter(setup, setup.target, epoch, (OF_TARGETS,)),
+    )
 
 
 def read_window(setup: Setup, epoch: Epoch, batch: Ints) -> list[MicroBatch]:
     """This rank's micro-batches of a global batch, on its device."""
     multiple = 8 if setup.world.device.type == "cuda" else 1  # the widths that a GPU's matrix units like
     split, padding = setup.data.splits["train"], setup.padding_id
+    if epoch.partners is not None:
+        return _read_both(setup, epoch, epoch.partners, batch, multiple)
     pieces = cut_window(batch, setup.batch, setup.world.rank)
     if epoch.packs is None:
         micros = [collate(split, piece, padding, multiple, epoch.augment) for piece in pieces]
@@ -180,15 +228,28 @@ def read_window(setup: Setup, epoch: Epoch, batch: Ints) -> list[MicroBatch]:
     return [micro.to(setup.world.device) for micro in micros]
 
 
-def augmenter(setup: Setup, epoch: int) -> Augmenter | None:
+def _read_both(setup: Setup, epoch: Epoch, partners_: Ints, batch: Ints, multiple: int) -> list[MicroBatch]:
+    source, target, padding = setup.data.splits["train"], setup.target, setup.padding_id
+    assert target is not None
+    micros = []
+    for slot in cut_slots(batch, setup.batch):
+        rows = slot[setup.world.rank]
+        own = collate(source, rows, padding, multiple, epoch.augment)
+        other = collate(target, partners_[rows], padding, multiple, epoch.augment_target)
+        micros.append(with_target(own, other, padding, tuple(map(len, slot))).to(setup.world.device))
+    return micros
+
+
+def augmenter(setup: Setup, split: Split, epoch: int, stream: tuple[int, ...] = ()) -> Augmenter | None:
     recipe = setup.recipe
     if not recipe.data.augmentation:
         return None
     return Augmenter(
-        setup.data.splits["train"].texts,
+        split.texts,
         list(recipe.data.augmentation),
         setup.tokenizer,
         recipe.data.max_length,
         recipe.training.seed,
         epoch,
+        stream,
     )

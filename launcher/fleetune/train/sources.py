@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from fleetune.schema import Source
+from fleetune.data_section import Source
 
 Ints = npt.NDArray[np.int64]
 

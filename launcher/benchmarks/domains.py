@@ -1,0 +1,135 @@
+"""Domain adaptation on Amazon reviews: six directed pairs of books, dvd and electronics, and every method.
+
+    python launcher/benchmarks/domains.py run              # all that is not there yet; hours on 2 cores
+    python launcher/benchmarks/domains.py run --small      # one pair, a few steps of each: minutes
+    python launcher/benchmarks/domains.py table            # what is recorded
+
+Seed 0 of every pair and method first; then seeds 1 and 2 of the source alone, the oracle and the method that is best on
+average. Every run is one recorded result; what is recorded is not run again, and what was broken off goes on. The
+recipes' defaults are for books and dvd to choose; electronics shows whether they carry over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import record
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("FLEETUNE_DATA", ROOT.parent / "shared" / "data"))
+PAIRS = list(itertools.permutations(("books", "dvd", "electronics"), 2))
+SOURCE_ONLY, ORACLE = "base", "oracle"
+METHODS = ("mmd", "coral", "jmmd", "lmmd", "dann", "reweight")
+ARMS = (SOURCE_ONLY, *METHODS, ORACLE)
+SEEDS = (0, 1, 2)
+SMALL = ["training.max_steps=20", "data.target.target.test=null"]
+
+
+def name_of(pair: tuple[str, str], arm: str, seed: int, small: bool) -> str:
+    return f"domains{'_small' if small else ''}/{'-'.join(pair)}-{arm}-{seed}"
+
+
+def run(pair: tuple[str, str], arm: str, seed: int, runs: Path, small: bool) -> None:
+    """One training run, by the command that a person would type. Raises CalledProcessError where it fails."""
+    name = name_of(pair, arm, seed, small)
+    if record.read(name) is not None:
+        return
+    folder = name.replace("/", "-")
+    shown = ["run", f"recipes/amazon/{arm}.yaml", f"name={folder}", f"training.seed={seed}", *(SMALL if small else [])]
+    chosen = {"AMAZON_SOURCE": pair[0], "AMAZON_TARGET": pair[1]}
+    command = [sys.executable, "-m", "fleetune.cli", *shown, f"output_dir={runs}", "--nproc-per-node", "2"]
+    environment = {**os.environ, "FLEETUNE_DATA": str(DATA), **chosen}
+    subprocess.run(command, cwd=ROOT, check=True, env=environment)
+    report = json.loads((runs / folder / "eval.json").read_text(encoding="utf-8"))
+    figures = {key: report[key] for key in ("validation", "test", "train_seconds", "step")}
+    variables = " ".join(f"{key}={value}" for key, value in chosen.items())
+    record.write(name, f"{variables} fleetune {' '.join(shown)} --nproc-per-node 2", figures)
+
+
+def accuracy(result: dict[str, Any], split: str) -> float:
+    return float(result[split]["target/accuracy"])
+
+
+def recorded(arm: str, small: bool, seeds: tuple[int, ...] = SEEDS) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """By pair."""
+    found = {
+        pair: [r for seed in seeds if (r := record.read(name_of(pair, arm, seed, small))) is not None] for pair in PAIRS
+    }
+    return {pair: results for pair, results in found.items() if results}
+
+
+def best_method(small: bool) -> str:
+    """By the mean of seed 0 on the target's test rows, over the pairs that are there."""
+
+    def mean(arm: str) -> float:
+        return statistics.fmean(accuracy(r, "test") for (r,) in recorded(arm, small, (0,)).values())
+
+    return max((arm for arm in METHODS if recorded(arm, small, (0,))), key=mean)
+
+
+def table(small: bool) -> None:
+    """Accuracy on the target's 1,700 test rows; the oracle's, the small form's and the gap's are of 300 others."""
+    pairs = [pair for pair in PAIRS if any(pair in recorded(arm, small) for arm in ARMS)]
+    print("| method | " + " | ".join(f"{s} to {t}" for s, t in pairs) + " | mean | spread | seeds | gap closed |")
+    print("|---" * (len(pairs) + 5) + "|")
+    for arm in ARMS:
+        results = recorded(arm, small)
+        split = "validation" if small or arm == ORACLE else "test"
+        cells = [
+            f"{statistics.fmean(accuracy(r, split) for r in results[pair]):.4f}" if pair in results else ""
+            for pair in pairs
+        ]
+        means = _means(arm, small, split)
+        if not means:
+            continue
+        spread = f"{statistics.stdev(means):.4f}" if len(means) > 1 else ""
+        shown = "source only" if arm == SOURCE_ONLY else arm
+        summary = [f"{statistics.fmean(means):.4f}", spread, str(len(means)), _gap_closed(arm, small)]
+        print(f"| {shown} | " + " | ".join([*cells, *summary]) + " |")
+    shown = "All figures are" if small else "The oracle's figures are"
+    print(f"\n{shown} of 300 rows; so is the gap closed: (method - source only) / (oracle - source only).")
+
+
+def _means(arm: str, small: bool, split: str) -> list[float]:
+    """Over all pairs, for each seed that has all of the first one's."""
+    whole = len(recorded(arm, small, (0,)))
+    each = [recorded(arm, small, (seed,)) for seed in SEEDS]
+    return [statistics.fmean(accuracy(r, split) for (r,) in e.values()) for e in each if len(e) == whole and whole]
+
+
+def _gap_closed(arm: str, small: bool) -> str:
+    found = {name: _means(name, small, "validation") for name in (arm, SOURCE_ONLY, ORACLE)}
+    if not all(found.values()):
+        return ""
+    low, high = (statistics.fmean(found[name]) for name in (SOURCE_ONLY, ORACLE))
+    return f"{(statistics.fmean(found[arm]) - low) / (high - low):.2f}" if high > low else "no gap"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--small", action="store_true", help="books to dvd, seed 0, 20 steps of each")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "domains")
+    arguments = parser.parse_args()
+    small, runs = arguments.small, arguments.runs.absolute()
+    if arguments.what == "run":
+        pairs = PAIRS[:1] if small else PAIRS
+        for pair, arm in itertools.product(pairs, ARMS):
+            run(pair, arm, 0, runs, small)
+        if not small:
+            for seed, pair in itertools.product(SEEDS[1:], pairs):
+                for arm in (SOURCE_ONLY, best_method(small), ORACLE):
+                    run(pair, arm, seed, runs, small)
+    table(small)
+
+
+if __name__ == "__main__":
+    main()
