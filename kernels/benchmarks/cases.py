@@ -45,6 +45,7 @@ def _on_cpu(slow_peers: bool) -> list[Case]:
         _distillation(rows, classes, fp32),
         _linear_distillation(rows, classes, width, fp32, teacher_width=384),
         _topk_distillation(rows, classes, width, fp32, k=64),
+        mmd(1024, width, fp32),
         mmd(4096, width, fp32, slow_peers=slow_peers),
         mmd(32768, width, fp32, eager_runs=False),
     ]
