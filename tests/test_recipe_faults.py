@@ -449,8 +449,8 @@ def of_domains() -> Iterator[Fault]:
             {"losses": [task, {"kind": "mmd"}], "data.target": {}, "reweight": None},
             "needs data.target: {NAME: {train: {path: ...}}}",
         ),
-        ("reweight", {"losses": [task], "data.target": {}}, "needs data.target: {NAME: {train: {path: ...}}}"),
-        ("reweight", {"data.weight_column": "score"}, "data.weight_column gives the weights already"),
+        ("reweight.method", {"losses": [task], "data.target": {}}, "needs data.target: {NAME: {train: {path: ...}}}"),
+        ("reweight.method", {"data.weight_column": "score"}, "data.weight_column gives the weights already"),
         ("losses", {"losses": [{"kind": "mmd"}]}, "nothing here teaches the task: add cross_entropy"),
         (
             "data.target",

@@ -239,8 +239,12 @@ def teach(
 
     if top_k is not None and samples is not None:
         fail(f"--samples {samples}: stands in the place of --top-k; leave one out")
+    given = load(recipe, overrides)
+    if given.task != "causal_lm" and (top_k or samples):
+        option = f"--top-k {top_k}" if top_k else f"--samples {samples}"
+        fail(f"{option}: is of a language model; of task: {given.task} all logits are stored")
     chosen = ["--top-k", str(top_k)] if top_k else ["--samples", str(samples)] if samples else []
-    loaded, _ = _prepare(recipe, load(recipe, overrides), _plan(1, 1))
+    loaded, _ = _prepare(recipe, given, _plan(1, 1))
     folder = out or Path(loaded.output_dir) / f"{loaded.name}-taught"
     with _recipe_file(loaded) as file:
         taught = answer_of("teacher_cache", [file, str(folder), *chosen], shown="taught ")

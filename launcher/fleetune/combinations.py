@@ -160,9 +160,10 @@ def _domain_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         yield "data.target", list(targets), "a teacher's cache has no rows of these; let the teacher run"
     if recipe.reweight is not None:
         if not targets:
-            yield "reweight", recipe.reweight.method, "needs data.target: {NAME: {train: {path: ...}}}"
+            yield "reweight.method", recipe.reweight.method, "needs data.target: {NAME: {train: {path: ...}}}"
         if data.weight_column is not None:
-            yield "reweight", recipe.reweight.method, "data.weight_column gives the weights already; leave one out"
+            message = "data.weight_column gives the weights already; leave one out"
+            yield "reweight.method", recipe.reweight.method, message
     for index, loss in enumerate(recipe.losses):
         if loss.kind not in OF_DOMAINS:
             continue
@@ -175,12 +176,12 @@ def _domain_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             yield f"{key}.{what}", getattr(loss, what), "is for classes"
         if isinstance(loss, Jmmd) and len(set(loss.layers)) < len(loss.layers):
             yield f"{key}.layers", loss.layers, "a layer stands there twice"
-        if isinstance(loss, Mmd | Jmmd) and loss.estimator == "linear":
-            if loss.accumulate:
-                message = "compares neighbouring rows, and which they are depends on the cut: biased or unbiased"
-                yield f"{key}.estimator", loss.estimator, message
-            if has_weights(recipe):
-                yield f"{key}.estimator", loss.estimator, "takes no examples' weights: biased or unbiased"
+        if isinstance(loss, Mmd | Jmmd) and loss.estimator == "linear" and loss.accumulate:
+            message = "compares neighbouring rows, and which they are depends on the cut: biased or unbiased"
+            yield f"{key}.estimator", loss.estimator, message
+        if isinstance(loss, Mmd | Jmmd) and loss.estimator != "biased" and has_weights(recipe):
+            # The unbiased one divides by 1 - sum w², which is 0 where one row has all the weight.
+            yield f"{key}.estimator", loss.estimator, "takes no examples' weights: biased"
 
 
 def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:

@@ -25,6 +25,7 @@ def gaps_closed(rows: Sequence[tuple[Recipe, Figures]]) -> list[dict[str, float]
         group = [i for i, (recipe, _) in enumerate(rows) if _targets(recipe) == targets]
         oracles = [i for i in group if is_oracle(rows[i][0], name)]
         plain = [i for i in group if i not in oracles and not _adapts(rows[i][0])]
+        plain = [i for i in plain if not rows[i][0].model.from_scratch]
         if len(oracles) != 1 or len(plain) != 1:
             continue
         recipe = rows[oracles[0]][0]
@@ -43,7 +44,9 @@ def gaps_closed(rows: Sequence[tuple[Recipe, Figures]]) -> list[dict[str, float]
 
 def is_oracle(recipe: Recipe, name: str) -> bool:
     target = recipe.data.target[name]
-    return recipe.data.train.path in {source.path for source in (target.validation, target.test) if source is not None}
+    train = recipe.data.train
+    labelled = [source for source in (target.validation, target.test) if source is not None]
+    return any((train.path, train.name, train.split) == (source.path, source.name, source.split) for source in labelled)
 
 
 def _adapts(recipe: Recipe) -> bool:
@@ -57,8 +60,13 @@ def _targets(recipe: Recipe) -> str:
 def _unseen(oracle: Recipe, name: str) -> list[str]:
     """The splits that have other rows than the oracle's training data."""
 
-    def rows(source: Source) -> Any:
-        return source.path, source.name, source.split, source.where
+    train = oracle.data.train
+
+    def apart(source: Source) -> bool:
+        """Of another file or split, or of rows that have another value in one column."""
+        if (source.path, source.name, source.split) != (train.path, train.name, train.split):
+            return True
+        return any(source.where[key] != train.where[key] for key in source.where.keys() & train.where.keys())
 
     splits = {"test": oracle.data.target[name].test, "validation": oracle.data.target[name].validation}
-    return [split for split, source in splits.items() if source is not None and rows(source) != rows(oracle.data.train)]
+    return [split for split, source in splits.items() if source is not None and apart(source)]

@@ -154,7 +154,7 @@ class _Compared(_Scheduled):
 
     accumulate: bool = False
     """false: one loss for each micro-batch, over the rows of all ranks, and their mean over a step: it depends on the
-    micro-batch, and not on the number of ranks. true: one loss over all the rows of a step, however they are cut, for
+    micro-batch times the ranks. true: one loss over all the rows of a step, however they are cut, for
     one forward pass more: the features first, without gradient, then the same pass with the same dropout, to which the
     loss's gradient by the features is handed (gradient caching, arXiv 2101.06983)."""
 

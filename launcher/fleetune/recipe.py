@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from fleetune.combinations import combinations, missing_files
 from fleetune.faults import Path_, dotted, fault_lines, inside, shown
-from fleetune.losses import OF_A_TEACHER
+from fleetune.losses import OF_A_TEACHER, OF_DOMAINS
 from fleetune.schema import DATA_SUFFIXES, Recipe, RecipeError, losses_of
 from fleetune.strict_yaml import dump_yaml, parse_yaml
 
@@ -272,7 +272,7 @@ def _refuse(faults: Iterable[tuple[str, Any, str]], layers: _Layers, file: str) 
 def baseline_of(recipe: Recipe) -> Recipe:
     """The same model from scratch, by itself: without a teacher and what is learnt from one."""
     losses = [loss for loss in recipe.losses if loss.kind not in OF_A_TEACHER]
-    if losses and all(loss.kind.endswith("_penalty") for loss in losses):
+    if losses and all(loss.kind.endswith("_penalty") or loss.kind in OF_DOMAINS for loss in losses):
         losses = [*losses_of(recipe.model_copy(update={"losses": []})), *losses]
     model = recipe.model.model_copy(update={"from_scratch": True, "lora": None})
     return recipe.model_copy(update={"model": model, "losses": losses, "teacher": None, "teachers": []})

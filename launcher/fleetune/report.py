@@ -185,6 +185,9 @@ def live(folders: list[Path], jobs: dict[Path, Job], width: int) -> Group:
 def memory_lines(recipe: Recipe, found: dict[str, Any]) -> list[str]:
     """What a rank's memory comes to, whether it fits, and what would make it."""
 
+    if "unknown" in found:
+        return [f"memory    not known of this model: {found['unknown']}"]
+
     def gigabytes(size: float) -> str:
         return f"{size / 1e9:.2f}" if size < 1e10 else f"{size / 1e9:.1f}"
 

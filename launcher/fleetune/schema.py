@@ -270,7 +270,7 @@ class Recipe(Section):
     teachers: list[Teacher] = []
     """In place of `teacher`, where there are several."""
     reweight: Reweight | None = None
-    """Weights for the rows of data.train in every loss, by how much they look like data.target."""
+    """Weights for the rows of data.train, by how much they look like data.target; lmmd and coral take none."""
     kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
     """What computes the losses: Triton on a GPU and chunked PyTorch elsewhere, or the plain formulas (reference)."""
     training: Training = Training()

@@ -227,7 +227,10 @@ def same(unbroken: Path, broken: Path) -> dict[str, str]:
             name = "data order" if key == "data/order" else "losses"
             if one != other and found[name] == "equal":
                 found[name] = f"step {step}: {key} is {one} against {other}"
-    hashes = [hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).digest() for run in (unbroken, broken)]
+    hashes = [
+        [hashlib.sha256(path.read_bytes()).digest() for path in sorted((run / "model").glob("*.safetensors"))]
+        for run in (unbroken, broken)
+    ]
     if hashes[0] != hashes[1]:
         found["parameters"] = "the models differ"
     return found
@@ -286,7 +289,9 @@ def compare_cuts(
                 "fp16": False,
             }
         )
-        model = recipe.model.model_copy(update={"config": {**recipe.model.config, **dict.fromkeys(dropout, 0.0)}})
+        lora = recipe.model.lora and recipe.model.lora.model_copy(update={"lora_dropout": 0.0})
+        config = {**recipe.model.config, **dict.fromkeys(dropout, 0.0)}
+        model = recipe.model.model_copy(update={"config": config, "lora": lora})
         cut_recipe = short_form(recipe, f"cut-{number}", folder, 1, 1)
         cut_recipe = cut_recipe.model_copy(
             update={"training": training, "model": model, "losses": list(map(_of_the_whole_batch, recipe.losses))}

@@ -12,7 +12,8 @@ from tiny import recipe_values, write_language_model, write_model, write_prompts
 
 from fleetune.report import memory_lines
 from fleetune.schema import Recipe
-from fleetune.train.memory import Model, estimate, report
+from fleetune.train import memory
+from fleetune.train.memory import Model, estimate, lighter, report
 
 LLAMA = Model(  # of 8 billion parameters, 2 rows of 4,096 tokens, in bf16
     parameters=8_030_000_000,
@@ -98,6 +99,33 @@ def test_the_cheapest_change_that_makes_it_fit_is_named(folder: Path) -> None:
     hopeless = report(light, 2, 1e-6)
     assert hopeless["change"] == []
     assert "nothing here makes it" in memory_lines(light, hopeless)[1]
+
+
+def test_what_is_advised_keeps_the_global_batch_and_says_each_key_once() -> None:
+    values = {"global_batch_size": None, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    found = list(lighter(recipe(Path("/"), training=values, deepspeed={"zero_stage": 0})))
+    names = [" ".join(names) for names, _ in found]
+    assert len(set(names)) == len(names)
+    assert names[:2] == [
+        "deepspeed.zero_stage=2",
+        "training.per_device_train_batch_size=1 training.gradient_accumulation_steps=16",
+    ]
+    everything, changed = found[-1]
+    assert everything[0] == "deepspeed.zero_stage=3"
+    assert sum(name.startswith("deepspeed.zero_stage") for name in everything) == 1
+    assert changed.training.per_device_train_batch_size * (changed.training.gradient_accumulation_steps or 1) == 16
+    assert changed.deepspeed.offload_param == "cpu"
+
+
+def test_a_model_that_cannot_be_counted_is_said_to_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*_: Any) -> Model:
+        raise NotImplementedError("this family")
+
+    monkeypatch.setattr(memory, "measure", measure)
+    found = report(recipe(folder), 1, 1.0)
+    assert memory_lines(recipe(folder), found) == [
+        "memory    not known of this model: NotImplementedError: this family"
+    ]
 
 
 def test_an_encoder_has_no_head_to_speak_of(tmp_path: Path) -> None:

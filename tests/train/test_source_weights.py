@@ -101,10 +101,15 @@ def test_a_run_keeps_its_weights_by_row_with_a_plot(workspace: Path, tmp_path: P
     assert np.array_equal(np.array([line["weight"] for line in lines], dtype=np.float32), train.weights)
     assert (tmp_path / "source_weights.png").read_bytes().startswith(b"\x89PNG")
     # From then on they are the run's own.
-    (tmp_path / "source_weights.jsonl").write_text('{"row": 0, "weight": 2.0}\n' * 60, encoding="utf-8")
+    twos = [json.dumps({"row": line["row"], "weight": 2.0}) for line in lines]
+    (tmp_path / "source_weights.jsonl").write_text("\n".join(twos) + "\n", encoding="utf-8")
     again = source_weights.weighted(found, data, run, ALONE).splits["train"].weights
     assert again is not None
     assert set(again.tolist()) == {2.0}
+    # Unless its rows are others by now.
+    (tmp_path / "source_weights.jsonl").write_text("\n".join(twos[1:]) + "\n", encoding="utf-8")
+    anew = source_weights.weighted(found, data, run, ALONE).splits["train"].weights
+    assert np.array_equal(anew, train.weights)
 
 
 def test_too_few_rows_are_an_error_that_names_the_method(workspace: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fleetune.data_section import Source
 from fleetune.recipe import local_or_hub
-from fleetune.schema import DATA_SUFFIXES, Recipe, RecipeError
+from fleetune.schema import DATA_SUFFIXES, Recipe, RecipeError, target_splits
 from fleetune.train.report import print_report
 
 if TYPE_CHECKING:
@@ -76,8 +76,10 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
     if recipe.task == "causal_lm" and recipe.kernels != "reference":
         fuse_head(model)
     if data is None:
-        splits = prepare(recipe, tokenizer).splits
-        name = split or next((name for name in ("test", "validation") if name in splits), None)
+        unlabelled = {name for name in target_splits(recipe) if name.endswith(".train")}
+        splits = {name: rows for name, rows in prepare(recipe, tokenizer).splits.items() if name not in unlabelled}
+        held_out = [name for name in splits if name.rpartition(".")[2] in ("test", "validation")]
+        name = split or min(held_out, key=lambda name: (name.count("."), name.endswith("validation")), default=None)
         if name is None:
             raise RecipeError(f"{folder}: its recipe has neither test nor validation data; give --data FILE")
         if name not in splits:

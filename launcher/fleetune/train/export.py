@@ -58,13 +58,20 @@ def export(folder: Path, out: Path, merged: bool, dtype: str | None) -> dict[str
 
 
 def _write(recipe: Recipe, path: Path, beside: Path, dtype: str | None) -> dict[str, Any]:
-    model, wanted = load_trained(recipe, path), None if dtype is None else DTYPES[dtype]
+    trust, wanted = recipe.model.trust_remote_code, None if dtype is None else DTYPES[dtype]
+    # Merged, and compared, in the better of both.
+    model = load_trained(recipe, path, wanted if wanted == torch.float32 else None, trust=trust)
     truth = _logits(model)
     whole = recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": None})})
     (merge(model) if is_adapter(path) else model).to(wanted or model.dtype).save_pretrained(beside)
     (beside / "recipe.yaml").write_text(dump_recipe(whole), encoding="utf-8")
+    if is_adapter(path):
+        card = (beside / "README.md").read_text(encoding="utf-8")
+        card = card.replace("library_name: peft", "library_name: transformers", 1)
+        card = card.replace("LoRA adapter, fine-tuned from", "model, with a LoRA adapter merged, fine-tuned from", 1)
+        (beside / "README.md").write_text(card, encoding="utf-8")
     del model
-    written = load_trained(whole, beside)
+    written = load_trained(whole, beside, trust=trust)
     difference = float((_logits(written) - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
     if not difference <= CLOSE.get(written.dtype, 0.05):
         raise RuntimeError(f"the exported model's logits are off by {difference:.1e} of the largest; nothing is kept")

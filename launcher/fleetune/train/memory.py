@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from fleetune.batch import cut_batch
+from fleetune.losses import OF_DOMAINS
 from fleetune.recipe import parse_recipe
-from fleetune.schema import Recipe, RecipeError, teachers_of
+from fleetune.schema import Recipe, target_splits, teachers_of
 from fleetune.train.report import print_report
 
 CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 2**29}  # of logits that a fused head holds at once (fleetune_kernels.head)
@@ -142,11 +143,14 @@ def measure(recipe: Recipe, longest: int, ranks: int, label_names: list[str], co
     from fleetune.train.surgery import freeze, operate
 
     with torch.device("meta"):
-        whole: Any = operate(auto_model(recipe).from_config(config), recipe.model, recipe.training.seed)
+        plain = auto_model(recipe).from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+        whole: Any = operate(plain, recipe.model, recipe.training.seed)
         if recipe.model.lora is not None:
             add_lora(whole, recipe, recipe.model.lora, "")
     freeze(whole, recipe.model.freeze)
     micro = cut_batch(recipe.training, ranks).micro_batch_size
+    if any(loss.kind in OF_DOMAINS for loss in recipe.losses):
+        micro *= 2  # as many rows of the target
     head = whole.get_output_embeddings() if recipe.task == "causal_lm" else None
     layers = int(whole.config.num_hidden_layers)
     one, two = (_kept_bytes(recipe, whole.config, count, micro, longest) for count in (1, 2))
@@ -155,7 +159,8 @@ def measure(recipe: Recipe, longest: int, ranks: int, label_names: list[str], co
         from transformers import AutoConfig
 
         with torch.device("meta"):
-            built: Any = auto_model(recipe).from_config(load(AutoConfig, teacher, key))
+            trust = teacher.trust_remote_code
+            built: Any = auto_model(recipe).from_config(load(AutoConfig, teacher, key), trust_remote_code=trust)
         teachers.append(sum(parameter.numel() for parameter in built.parameters()))
     return Model(
         sum(parameter.numel() for parameter in whole.parameters()),
@@ -186,7 +191,8 @@ def _kept_bytes(recipe: Recipe, config: Any, layers: int, rows: int, tokens: int
     dtype = {2: torch.float16 if recipe.training.fp16 else torch.bfloat16, 4: torch.float32}[weight_bytes(recipe)]
     kept: dict[int, Any] = {}
     with torch.device("meta"):
-        model: Any = auto_model(recipe).from_config(short, dtype=dtype).train()
+        trust = recipe.model.trust_remote_code
+        model: Any = auto_model(recipe).from_config(short, dtype=dtype, trust_remote_code=trust).train()
         if recipe.model.lora is not None:
             add_lora(model, recipe, recipe.model.lora, "")
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -237,28 +243,32 @@ CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (  # from the cheapest on
 
 def lighter(recipe: Recipe) -> Iterator[tuple[list[str], Recipe]]:
     """Each cheaper-to-dearer change that is one here, by itself, and then with those before it."""
-    together: list[str] = []
-    so_far = recipe
+    together: dict[str, Any] = {}
     for section, values in CHANGES:
         own = getattr(recipe, section)
         ((key, value),) = values.items()
         if getattr(own, key) == value or (key == "zero_stage" and own.zero_stage > value):
             continue
-        name = f"{section}.{key}={str(value).lower() if value is True else value}"
-        if key not in ("offload_optimizer", "offload_param"):
-            yield [name], _changed(recipe, section, key, value)
-        together, so_far = [*together, name], _changed(so_far, section, key, value)
-        yield together, so_far
+        alone = {f"{section}.{key}": value}
+        if key == "per_device_train_batch_size" and own.global_batch_size is None:
+            # The global batch stays as it is: a smaller micro-batch is accumulated.
+            steps = own.per_device_train_batch_size * (own.gradient_accumulation_steps or 1)
+            alone["training.gradient_accumulation_steps"] = steps
+        if together and key not in ("offload_optimizer", "offload_param"):
+            yield _named(alone), _changed(recipe, alone)
+        together |= alone
+        yield _named(together), _changed(recipe, together)
 
 
-def _changed(recipe: Recipe, section: str, key: str, value: Any) -> Recipe:
-    """The global batch stays as it is: a smaller micro-batch is accumulated."""
-    own: dict[str, Any] = {key: value}
-    if key == "per_device_train_batch_size" and recipe.training.global_batch_size is None:
-        own["gradient_accumulation_steps"] = recipe.training.per_device_train_batch_size * (
-            recipe.training.gradient_accumulation_steps or 1
-        )
-    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=own)})
+def _named(values: dict[str, Any]) -> list[str]:
+    return [f"{key}={str(value).lower() if value is True else value}" for key, value in values.items()]
+
+
+def _changed(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    for name, value in values.items():
+        section, key = name.split(".")
+        recipe = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={key: value})})
+    return recipe
 
 
 def report(recipe: Recipe, ranks: int, gpu_memory: float | None) -> dict[str, Any]:
@@ -268,15 +278,16 @@ def report(recipe: Recipe, ranks: int, gpu_memory: float | None) -> dict[str, An
 
     prepared = prepare(recipe, load_tokenizer(recipe))
     config = load_config(recipe, prepared.label_names)
-    longest = recipe.data.max_length if recipe.data.packing else int(prepared.splits["train"].lengths.max())
+    splits = [prepared.splits[name] for name in ("train", *target_splits(recipe))]
+    longest = recipe.data.max_length if recipe.data.packing else max(int(split.lengths.max()) for split in splits)
     device = "cuda" if gpu_memory is not None or torch.cuda.is_available() else "cpu"
     limit = None if gpu_memory is None else gpu_memory * 1e9
     if limit is None and torch.cuda.is_available():
         limit = float(torch.cuda.get_device_properties(0).total_memory)
     try:
         model = measure(recipe, longest, ranks, prepared.label_names, config)
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
+    except Exception as error:  # a family may do what cannot be done without memory
+        return {"unknown": f"{type(error).__name__}: {error}".partition("\n")[0]}
     found = estimate(recipe, model, ranks, device)
     answer: dict[str, Any] = {"device": device, "limit": limit, "tokens": longest, **dataclasses.asdict(found)}
     if limit is not None and found.height > limit:
@@ -291,7 +302,7 @@ def _cheapest(
     for names, changed in lighter(recipe):
         try:
             height = estimate(changed, measure(changed, longest, ranks, label_names, config), ranks, "cuda").height
-        except (ValueError, RecipeError):  # the batch does not divide so
+        except ValueError:  # the batch does not divide so
             continue
         if height <= limit:
             return names, height

@@ -251,8 +251,6 @@ def _distilled_tokens(
 ) -> torch.Tensor:
     """Of the tokens that are learnt, whose classes the teacher has stored."""
     hidden = student.hidden_states.flatten(0, 1)[batch.supervised]  # (R, D)
-    if not len(hidden):
-        return student.hidden_states.sum() * 0.0  # with a gradient, for every rank runs the backward pass
     found = topk_distillation_loss(
         hidden,
         student.weight,

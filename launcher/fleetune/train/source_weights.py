@@ -112,7 +112,11 @@ def weighted(recipe: Recipe, data: Prepared, run: runs.Run, world: World) -> Pre
     if world.is_main:
         stored = run.path / "source_weights.jsonl"
         lines = runs.read_jsonl(stored) if stored.exists() else []
-        values = np.array([line["weight"] for line in lines]) if lines else fitted(recipe, data)
+        if [line["row"] for line in lines] == data.splits["train"].index.tolist():
+            values = np.array([line["weight"] for line in lines])
+        else:  # none yet, or of data that have changed before the first checkpoint
+            stored.unlink(missing_ok=True)
+            values = fitted(recipe, data)
     values = gather_objects(values, world)[0]
     train = dataclasses.replace(data.splits["train"], weights=values.astype(np.float32))
     return dataclasses.replace(data, splits={**data.splits, "train": train})

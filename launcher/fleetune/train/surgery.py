@@ -56,10 +56,10 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def value_projections(model: nn.Module) -> list[nn.Linear]:
+def value_projections(model: nn.Module) -> list[nn.Module]:
     """Each layer's linear map to attention's values. Raises ValueError for a family that is not known."""
     found: list[Any] = [layer.get_submodule(_family(model).value) for layer in layers_of(model)]
-    assert all(isinstance(module, nn.Linear) for module in found)
+    assert all(isinstance(getattr(module, "base_layer", module), nn.Linear) for module in found)  # as LoRA wraps it
     return found
 
 

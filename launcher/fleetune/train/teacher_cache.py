@@ -78,7 +78,7 @@ def check_cache(
             others = f": {', '.join(map(str, stored[name]))}" if name == "labels" and name in stored else ""
             raise RecipeError(f"{where}: is of other {name}{others}; teach with this recipe")
     if recipe.task == "causal_lm":
-        _check_chosen(recipe, where, stored.get("chosen", {}), config.vocab_size)
+        _check_chosen(recipe, where, stored.get("chosen", {}), recipe.model.resize_embeddings or config.vocab_size)
     if stored.get("rows") != len(split):
         raise RecipeError(f"{where}: is half written; the same `fleetune teach` goes on with it")
     for name, digest in stored["parts"].items():
@@ -166,8 +166,6 @@ def teach(recipe: Recipe, folder: Path, top_k: int | None = None, samples: int |
     chosen = _chosen(recipe, loaded.config, top_k, samples) if recipe.task == "causal_lm" else None
     if chosen is not None:
         stored["chosen"] = asdict(chosen)
-    elif top_k or samples:
-        raise RecipeError("--top-k, --samples: are of a language model; of a classifier all logits are stored")
     parts = _begin(folder, stored)
     suffix = "parquet" if chosen is None else "arrow"
     names = [(f"part-{start // PART:05d}.{suffix}", start) for start in range(0, len(split), PART)]
@@ -225,6 +223,9 @@ def _begin(folder: Path, stored: dict[str, Any]) -> dict[str, str]:
     there = _read(folder)
     if there is not None:
         different = [name for name in stored if there.get(name) != stored[name]]
+        if different == ["chosen"]:
+            kept = ", ".join(f"{name} {value}" for name, value in there["chosen"].items())
+            raise RecipeError(f"{folder}: is a cache of {kept}; choose another folder with --out")
         if different:
             raise RecipeError(f"{folder}: is a cache of another {different[0]}; choose another folder with --out")
         return dict(there["parts"])

@@ -10,7 +10,7 @@ and decoded row by row as training comes to them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,9 +116,8 @@ def write_part(path: Path, teacher: Any, split: Split, rows: Ints, chosen: Chose
         piece = order[start : start + settings["batch_size"]]
         batch = collate_tokens(split, [piece[i : i + 1] for i in range(len(piece))], settings["pad_token_id"])
         outputs = teacher(batch.to(settings["device"]))
-        logits = outputs.logits if outputs.head is None else outputs.head.logits()
-        for row, values, labels in zip(piece.tolist(), logits, batch.labels, strict=True):
-            learnt = values[(labels != IGNORED).to(values.device)][:, : chosen.vocabulary].float()
+        for at, (row, labels) in enumerate(zip(piece.tolist(), batch.labels, strict=True)):
+            learnt = _logits(outputs, at, labels != IGNORED)[:, : chosen.vocabulary].float()
             log_probs = torch.log_softmax(learnt / chosen.temperature, -1)
             ids = _choose(log_probs, chosen, [settings["seed"], int(split.index[row])])
             picked = log_probs.gather(1, ids).cpu().numpy()
@@ -130,6 +129,15 @@ def write_part(path: Path, teacher: Any, split: Split, rows: Ints, chosen: Chose
     with ipc.new_file(str(beside), table.schema) as file:
         file.write_table(table)
     beside.replace(path)
+
+
+def _logits(outputs: Outputs, row: int, learnt: torch.Tensor) -> torch.Tensor:
+    """(tokens, V) of one row of the batch, those that are learnt: all of a batch's may be too many to hold."""
+    if outputs.head is None:
+        assert outputs.logits is not None
+        return outputs.logits[row][learnt.to(outputs.logits.device)]
+    hidden = outputs.head.hidden_states[row]
+    return replace(outputs.head, hidden_states=hidden[learnt.to(hidden.device)]).logits()
 
 
 def _choose(log_probs: torch.Tensor, chosen: Chosen, seed: list[int]) -> torch.Tensor:
