@@ -113,6 +113,11 @@ def trained(folder: Path) -> dict[str, Any]:
         sections = {"deepspeed": {"zero_stage": 3}, "training": {"max_steps": 3, "global_batch_size": 6}}
         run = make_run(recipe(folder, f"run-{name}", kinds[name], **sections).model_dump(mode="json"), 2)
         jobs[f"run-{name}"] = Job(str(run.path))
+    soft = [{"kind": "distillation", "temperature": TEMPERATURE}]
+    short = {"max_steps": 8, "global_batch_size": 6, "per_device_train_batch_size": 3}
+    sections = {"deepspeed": {"zero_stage": 2}, "training": short, "losses": soft}
+    run = make_run(recipe(folder, "run-short", kinds["four"], **sections).model_dump(mode="json"), 2)
+    jobs["run-short"] = Job(str(run.path))
     alone, both = ([job for name, job in jobs.items() if name.startswith("run-") is two] for two in (False, True))
     work_together([(1, alone), (2, both)])
     gradients = {name: load_file(str(job.gradient)) for name, job in jobs.items() if job.gradient}
@@ -138,6 +143,12 @@ def test_a_run_with_it_goes_as_with_the_teacher_under_zero_3(trained: dict[str, 
     for one, other in zip(trained["run-all"], trained["run-live"], strict=True):
         assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-3)
         assert one["data/order"] == other["data/order"]
+
+
+def test_a_rank_without_tokens_goes_along(trained: dict[str, Any]) -> None:
+    """37 rows in batches of 6: the seventh has one, and the second rank nothing; no other loss reaches its head."""
+    assert [line["step"] for line in trained["run-short"]] == list(range(1, 9))
+    assert all(line["train/loss"] > 0 for line in trained["run-short"])
 
 
 @pytest.mark.parametrize(
