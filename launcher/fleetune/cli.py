@@ -147,11 +147,11 @@ def _attempt(
         typer.echo(f"{outcome.run.path}: {outcome.reason}")
         raise typer.Exit(runs.SAVED)
     if outcome.exit_code:
-        fail(f"{outcome.run.path}: {outcome.reason}", outcome.exit_code)
+        more = "\n  the same command goes on from the last checkpoint" if outcome.exit_code == runs.FAILED else ""
+        fail(f"{outcome.run.path}: {outcome.reason}{more}", outcome.exit_code)
     if outcome.was_finished:
-        typer.echo(
-            f"{outcome.run.path} is finished; --fresh trains it again, a longer training.num_train_epochs goes on"
-        )
+        longer = "max_steps" if recipe.training.max_steps else "num_train_epochs"
+        typer.echo(f"{outcome.run.path} is finished; --fresh trains it again, a longer training.{longer} goes on")
     return outcome
 
 

@@ -65,12 +65,16 @@ def status(folders: AnyRuns = None) -> None:
     from fleetune.schema import RecipeError
 
     folders = folders or _runs_here()
+    jobs: dict[Path, slurm.Job] = {}
     try:
-        print_table(report.statuses(folders, slurm.jobs_of(folders)))
+        jobs = slurm.jobs_of(folders)
+    except slurm.SlurmFailed as error:
+        said = str(error).splitlines()[-1]
+        typer.echo(f"warning: Slurm does not answer; this is what the runs' own files know ({said})", err=True)
+    try:
+        print_table(report.statuses(folders, jobs))
     except RecipeError as error:
         fail(str(error))
-    except slurm.SlurmFailed as error:
-        fail(str(error), 1)
     for folder in folders:
         if (url := runs.wandb_url(runs.Run(folder))) is not None:
             typer.echo(f"{folder.name}: {url}")
@@ -140,6 +144,9 @@ def cancel(run: RunFolder, now: Annotated[bool, typer.Option("--now", help="With
 
     try:
         job = slurm.job_of(run)
+        last = (runs.read_jsonl(runs.Run(run).attempts) or [{}])[-1]
+        if last.get("event") == "end" and last["exit_code"] == runs.DONE:
+            fail(f"{run}: is done; there is nothing to cancel")
         runs.write_json(run / "cancel.json", {"job": job})
         (slurm.cancel if now else slurm.stop)(job)
     except RecipeError as error:

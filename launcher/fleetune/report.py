@@ -101,10 +101,11 @@ def _status(run: runs.Run, job: Job | None) -> list[str]:
     step, total = metrics.get("step", 0), info.get("total_steps")
     ledger, rate = ledger_of(run), metrics.get("train/samples_per_second")
     is_over = last.get("event") == "end" and not (job is not None and job.is_live)
+    state = "cancelled" if is_over and last.get("kind") == "cancel" else str(job or _local_state(run, last))
     left = (total - step) * info["global_batch_size"] / rate if total and rate and not is_over else None
     return [
         run.path.name,
-        str(job or _local_state(run, last)),
+        state,
         str(sum(entry["event"] == "start" for entry in attempts)),
         ", ".join(last.get("nodes", [])),
         f"{step}/{total}" if total else str(step),

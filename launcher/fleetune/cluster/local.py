@@ -219,6 +219,8 @@ def run_recipe(
             f"{socket.gethostname()}/{node}" if layout.nodes > 1 else socket.gethostname()
             for node in range(layout.nodes)
         ]
+        size = cut_batch(recipe.training, layout.world_size).global_batch_size
+        runs.write_json(run.path / "run.json", run.info() | {"total_steps": steps, "global_batch_size": size})
         attempt = start_attempt(run, nodes, began, layout=layout.of(recipe))
         code, reason = runs.FAILED, "interrupted"
         try:

@@ -40,8 +40,9 @@ REMEDIES = (
     ),
     (
         r"killed by SIGKILL",
-        "Mostly it is the kernel, for want of memory: `sacct -j JOB --format=MaxRSS` and the node's `dmesg` know. Ask "
-        "for more `memory` in the profile, or make the batch smaller.",
+        "Mostly it is the kernel, for want of memory: the node's `dmesg` knows, and on a cluster `sacct -j JOB "
+        "--format=MaxRSS`. Make the batch smaller, or ask for more `memory` in the cluster's profile; the same command "
+        "goes on from the last checkpoint.",
     ),
     (
         r"killed by SIG(SEGV|BUS|ILL|ABRT|FPE)",
@@ -66,6 +67,9 @@ REMEDIES = (
 )
 
 
+AT_ONCE = 130  # the exit code of a second Ctrl-C
+
+
 def why(run: runs.Run) -> list[str]:
     """Paragraphs: what happened, what to do, where its time went.
 
@@ -82,7 +86,8 @@ def why(run: runs.Run) -> list[str]:
     ledger = ledger_of(run)
     if ledger.wall >= 1.0:
         spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in ledger.parts().items() if seconds >= 0.5)
-        again = f"; {ledger.recomputed_steps} steps were done again" if ledger.recomputed_steps else ""
+        steps = ledger.recomputed_steps
+        again = f"; {steps} step{'s were' if steps > 1 else ' was'} done again" if steps else ""
         paragraphs.append(f"Of {duration(ledger.wall)}, {100 * ledger.goodput:.0f} % were productive: {spent}{again}.")
     return paragraphs
 
@@ -95,7 +100,10 @@ def _job(run: runs.Run) -> slurm.Job | None:
         id_ = slurm.job_of(run.path)
     except RecipeError:  # its sending was killed; `submit` finds out whether it was sent
         return None
-    known = slurm.queue()
+    try:
+        known = slurm.queue()
+    except slurm.SlurmFailed:  # the run's own files say what they know
+        return None
     return known.get(id_) or (slurm.accounted(ids=[id_]) or {}).get(id_)
 
 
@@ -166,13 +174,16 @@ def _ended(run: runs.Run, end: dict[str, Any], at: str) -> tuple[str, str]:
     for pattern, remedy in REMEDIES:
         if re.search(pattern, end["reason"], re.IGNORECASE):
             return said, remedy
-    return said, "mend what the message names (the rank's log says more), then send it again; it goes on from there."
+    if end["exit_code"] == AT_ONCE:
+        return said, "the same command goes on from the last checkpoint, or begins again where there is none yet."
+    return said, "mend what the message names (the rank's log says more); the same command goes on from there."
 
 
 def _before(ends: list[dict[str, Any]], over: bool) -> list[str]:
     """The attempts before this one, by what ended them."""
     before = ends[:-1] if over else ends
-    counts = Counter(end.get("kind") or ("done" if end["exit_code"] == runs.DONE else "stop") for end in before)
+    plain = {runs.DONE: "done", runs.SAVED: "stop", AT_ONCE: "stop at once"}
+    counts = Counter(end.get("kind") or plain.get(end["exit_code"], "failure") for end in before)
     if not before:
         return []
     kinds = ", ".join(f"{count} by {kind.replace('_', ' ')}" for kind, count in counts.items())
