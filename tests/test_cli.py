@@ -21,7 +21,7 @@ from fleetune.schema import Recipe
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("run", "submit", "status", "watch", "why", "cancel", "logs"),
-    *("check", "doctor", "teach", "eval", "compare", "shift", "verify", "sync", "schema"),
+    *("check", "doctor", "teach", "eval", "export", "compare", "shift", "verify", "sync", "schema"),
 )
 HEAVY = {
     "torch",
