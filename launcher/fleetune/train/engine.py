@@ -13,10 +13,9 @@ from torch import nn
 from fleetune.batch import Batch
 from fleetune.schema import Recipe
 from fleetune.train import distributed, zero
+from fleetune.train.memory import BUCKET
 from fleetune.train.objectives import Penalty
 from fleetune.train.optim import build_optimizer
-
-BUCKET = 500_000_000  # gradients that ZeRO reduces at once, at most: DeepSpeed's own default
 
 
 def deepspeed_config(recipe: Recipe, batch: Batch) -> dict[str, Any]:

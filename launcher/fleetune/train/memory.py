@@ -27,7 +27,7 @@ from fleetune.train.report import print_report
 
 CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 2**29}  # of logits that a fused head holds at once (fleetune_kernels.head)
 LOGITS = 5  # tensors of the logits' size, in fp32, that the plain loss holds at once: they, their softmax, gradients
-BUCKET = 500_000_000  # gradients that DeepSpeed reduces at once
+BUCKET = 500_000_000  # gradients that DeepSpeed reduces at once, at most: its own default
 LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered (stage3_max_live_parameters)
 
 

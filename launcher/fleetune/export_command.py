@@ -1,0 +1,32 @@
+"""`fleetune export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fleetune.terminal import answer_of, fail
+
+
+def export(
+    run_or_model: Annotated[
+        Path, typer.Argument(help="A run's folder, or a model folder that Fleetune wrote.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
+    merge: Annotated[bool, typer.Option("--merge", help="Works a LoRA adapter into the weights.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; the model's own when absent.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a trained model as a folder to deploy, and see that it says what the trained one says."""
+    legal = ("float32", "bfloat16", "float16")
+    if dtype is not None and dtype not in legal:
+        fail(f"--dtype {dtype}: legal values: {', '.join(legal)}")
+    arguments = [str(run_or_model), str(out), *(["--merge"] if merge else [])]
+    found = answer_of("export", arguments + (["--dtype", dtype] if dtype is not None else []))
+    what = f"{found['parameters'] / 1e6:.1f}M parameters in {found['dtype']}" if "dtype" in found else "the adapter"
+    typer.echo(f"{found['folder']}: {what}, {found['bytes'] / 1e6:.1f} MB")
+    if "difference" in found:
+        typer.echo(f"loaded again, its logits differ by {found['difference']:.1e} of the largest")
