@@ -11,6 +11,7 @@ import yaml
 from tiny import recipe_values, write_model, write_rows
 
 from fleetune.cluster.local import in_this_machines_precision
+from fleetune.runs import Run
 from fleetune.schema import Recipe
 
 
@@ -37,3 +38,5 @@ def test_a_run_says_and_stores_the_precision_it_has(tmp_path: Path) -> None:
     stored = yaml.safe_load((tmp_path / "runs" / "precise" / "recipe.yaml").read_text(encoding="utf-8"))
     assert stored["training"]["bf16"] is has_fast_bf16()
     assert ("fp32 is faster here" in done.stdout) is not has_fast_bf16()
+    # `fleetune submit`, which cannot know the nodes' precision, goes on in this one.
+    assert Run(tmp_path / "runs" / "precise").info().get("fp32_for_bf16", False) is not has_fast_bf16()

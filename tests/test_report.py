@@ -10,12 +10,13 @@ import pytest
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.testing import CliRunner
 
 from fleetune import report, runs
 from fleetune.attempts import end_attempt, start_attempt
+from fleetune.cli import app
 from fleetune.cluster.slurm import Job
 from fleetune.runs import Run
-from fleetune.schema import RecipeError
 from fleetune.terminal import MANY, print_table
 
 
@@ -82,8 +83,14 @@ def test_very_many_runs_are_plain_lines_with_the_same_cells(capsys: pytest.Captu
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"nothing: is no run folder \(it has no run.json\)"):
-        report.statuses([tmp_path / "nothing"], {})
+    assert report.no_run(make_run(tmp_path, "a").path) is None
+    assert report.no_run(tmp_path / "b") == f"{tmp_path}/b: is no run folder (it has no run.json)"
+
+
+def test_what_is_no_run_does_not_hide_the_runs_beside_it(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["status", str(tmp_path / "b"), str(make_run(tmp_path, "a").path)])
+    assert (done.exit_code, done.stderr) == (2, f"error: {tmp_path}/b: is no run folder (it has no run.json)\n")
+    assert "not begun" in done.stdout
 
 
 @pytest.mark.parametrize(

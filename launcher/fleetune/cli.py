@@ -101,7 +101,7 @@ def _prepare(file: Path, recipe: Recipe, layout: Layout, stop: Stop | None = Non
     resolved = local.in_this_machines_precision(recipe, report)
     if resolved is not recipe:
         typer.echo("warning   training.bf16: this CPU has no arithmetic for bf16; fp32 is faster here and is used")
-    return resolved, report
+    return resolved, report | {"fp32_for_bf16": resolved is not recipe}
 
 
 def _show_data(recipe: Recipe, layout: Layout, report: dict[str, Any]) -> None:

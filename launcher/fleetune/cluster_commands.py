@@ -62,22 +62,21 @@ def status(folders: AnyRuns = None) -> None:
     """What runs are doing: state, attempts, nodes, step, what is left, last loss, goodput."""
     from fleetune import report, runs
     from fleetune.cluster import slurm
-    from fleetune.schema import RecipeError
 
-    folders = folders or _runs_here()
+    folders, others = _runs_among(folders or _runs_here())
     jobs: dict[Path, slurm.Job] = {}
     try:
         jobs = slurm.jobs_of(folders)
     except slurm.SlurmFailed as error:
         said = str(error).splitlines()[-1]
         typer.echo(f"warning: Slurm does not answer; this is what the runs' own files know ({said})", err=True)
-    try:
+    if folders:
         print_table(report.statuses(folders, jobs))
-    except RecipeError as error:
-        fail(str(error))
     for folder in folders:
         if (url := runs.wandb_url(runs.Run(folder))) is not None:
             typer.echo(f"{folder.name}: {url}")
+    if others:
+        fail("\n".join(others))
 
 
 def watch(folders: AnyRuns = None) -> None:
@@ -92,7 +91,10 @@ def watch(folders: AnyRuns = None) -> None:
     from fleetune.cluster import slurm
     from fleetune.schema import RecipeError
 
-    folders, console = folders or _runs_here(), Console()
+    folders, others = _runs_among(folders or _runs_here())
+    if others:
+        fail("\n".join(others))
+    console = Console()
     try:
         jobs = slurm.jobs_of(folders)
         if not console.is_terminal:
@@ -129,6 +131,14 @@ def why(run: RunFolder) -> None:
         fail(str(error))
     except slurm.SlurmFailed as error:
         fail(str(error), 1)
+
+
+def _runs_among(folders: list[Path]) -> tuple[list[Path], list[str]]:
+    """Those that are runs, and what is to be said of each of the others."""
+    from fleetune.report import no_run
+
+    others = {folder: said for folder in folders if (said := no_run(folder)) is not None}
+    return [folder for folder in folders if folder not in others], list(others.values())
 
 
 def _runs_here() -> list[Path]:

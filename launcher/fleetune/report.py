@@ -16,7 +16,6 @@ from rich.text import Text
 
 from fleetune import runs
 from fleetune.ledger import ledger_of
-from fleetune.schema import RecipeError
 
 if TYPE_CHECKING:
     from fleetune.cluster.doctor_slurm import Row
@@ -81,17 +80,16 @@ def examined(rows: list[Row]) -> Table:
 
 
 def statuses(folders: list[Path], jobs: dict[Path, Job]) -> Table:
-    """A line for each run; `jobs` are those that Slurm knows.
-
-    Raises:
-        RecipeError: a folder is no run.
-    """
+    """A line for each run; `jobs` are those that Slurm knows."""
     table = Table("run", "state", "attempts", "nodes", "step", "left", "loss", "goodput", "what happened last")
     for folder in folders:
-        if not (folder / "run.json").exists():
-            raise RecipeError(f"{folder}: is no run folder (it has no run.json)")
         table.add_row(*(escape(cell) for cell in _status(runs.Run(folder), jobs.get(folder))))
     return table
+
+
+def no_run(folder: Path) -> str | None:
+    """Why a folder is no run; None where it is one."""
+    return None if (folder / "run.json").exists() else f"{folder}: is no run folder (it has no run.json)"
 
 
 def _status(run: runs.Run, job: Job | None) -> list[str]:

@@ -101,6 +101,12 @@ def test_a_job_that_waits_says_for_what(run: runs.Run, reason: str, said: str) -
     assert said in why_._now(run, Job("7", "PENDING", reason, "", "x"), [])[0]
 
 
+def test_a_job_that_was_cancelled_before_it_began_is_no_riddle(run: runs.Run) -> None:
+    runs.write_json(run.path / "job.json", {"id": "7"})
+    said = why_._now(run, Job("7", "CANCELLED by 1000", "", "", "x"), [])
+    assert said == ("Job 7 was cancelled before it began.", "submit it again, if it is still wanted.")
+
+
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is no run folder"):
         why_.why(runs.Run(tmp_path))

@@ -3,6 +3,7 @@ adapter that peft itself reads, and a merged model that says the same."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,12 @@ def test_a_classifiers_head_is_trained_whole_and_comes_with_it(folder: Path, tmp
         assert found["loss"] == pytest.approx(report["loss"], rel=1e-5)
 
 
+def umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def test_what_cannot_be_exported_is_one_clear_error(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     for arguments, message in (
@@ -157,6 +164,8 @@ def test_what_cannot_be_exported_is_one_clear_error(folder: Path, tmp_path: Path
             export(*arguments)
     adapter = tmp_path / "adapter"
     export(folder / "qwen-3x2", adapter, merged=False, dtype=None)
+    modes = {path.stat().st_mode & 0o777 for path in adapter.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~umask()}  # the runs' own files are private
     export(adapter, tmp_path / "half", merged=True, dtype="bfloat16")
     with pytest.raises(RecipeError, match="is a whole model already; leave it out"):
         export(tmp_path / "half", tmp_path / "new", merged=True, dtype=None)

@@ -220,7 +220,9 @@ def run_recipe(
             for node in range(layout.nodes)
         ]
         size = cut_batch(recipe.training, layout.world_size).global_batch_size
-        runs.write_json(run.path / "run.json", run.info() | {"total_steps": steps, "global_batch_size": size})
+        precision = {"fp32_for_bf16": True} if report.get("fp32_for_bf16") else {}
+        known = {"total_steps": steps, "global_batch_size": size, **precision}
+        runs.write_json(run.path / "run.json", run.info() | known)
         attempt = start_attempt(run, nodes, began, layout=layout.of(recipe))
         code, reason = runs.FAILED, "interrupted"
         try:

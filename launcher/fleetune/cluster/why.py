@@ -128,6 +128,8 @@ def _now(run: runs.Run, job: slurm.Job | None, ends: list[dict[str, Any]]) -> tu
         return _cut_off(run, job, open_[-1], at)
     if not ends:
         if (run.path / "job.json").exists():
+            if job is not None and job.state.startswith("CANCELLED"):
+                return f"Job {job.id} was cancelled before it began.", "submit it again, if it is still wanted."
             how = "is not known to Slurm any more" if job is None else f"ended as {job.state}"
             return (
                 f"Its job {how}, and no attempt has begun. {_batch_log(run)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -50,11 +51,20 @@ def export(folder: Path, out: Path, merged: bool, dtype: str | None) -> dict[str
             found: dict[str, Any] = {}
         else:
             found = _write(recipe, path, beside, dtype)
+        _open_to_others(beside)
         beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return {"folder": str(out), "bytes": size, **found}
+
+
+def _open_to_others(folder: Path) -> None:
+    """As the user's umask says: it is deployed, where a run's folder is private and safetensors' files are, too."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _write(recipe: Recipe, path: Path, beside: Path, dtype: str | None) -> dict[str, Any]:
