@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("FLEETUNE_DATA", ROOT.parent / "shared" / "data"))
 PAIRS = list(itertools.permutations(("books", "dvd", "electronics"), 2))
 SOURCE_ONLY, ORACLE = "base", "oracle"
-METHODS = ("mmd", "coral", "jmmd", "lmmd", "dann", "reweight")
+METHODS = ("mmd", "coral", "jmmd", "lmmd", "dann", "entropy", "reweight")
 ARMS = (SOURCE_ONLY, *METHODS, ORACLE)
 SEEDS = (0, 1, 2)
 SMALL = ["training.max_steps=20", "data.target.target.test=null"]

@@ -172,6 +172,9 @@ class Evaluation(Section):
     """Optimizer steps between evaluations; once an epoch, and at the end, when absent."""
     per_device_eval_batch_size: Positive = 64
     """Rows that one rank evaluates at once."""
+    shift_rows: Annotated[int, Field(ge=2)] | None = 500
+    """With data.target: of so many rows of the source and of each target the features are compared before training and
+    after it, by MMD with a permutation test, and drawn; null leaves that out."""
     metric_for_best_model: Metric | None = None
     """Chooses the best checkpoint on the validation split; the first of `metrics` when absent."""
     early_stopping_patience: Positive | None = None

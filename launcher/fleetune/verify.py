@@ -68,6 +68,7 @@ def short_form(recipe: Recipe, name: str, folder: Path, steps: int, save_steps: 
             "checkpoint": recipe.checkpoint.model_copy(update={"save_steps": save_steps, "mtbf_hours": None}),
             "tracking": recipe.tracking.model_copy(update={"wandb": None}),
             "data": recipe.data.model_copy(update={"validation": validation, "test": None, "target": targets}),
+            "evaluation": recipe.evaluation.model_copy(update={"shift_rows": None}),
         }
     )
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from fleetune import runs
 from fleetune.train.batches import compose_epoch
 from fleetune.train.data import prepare
+from fleetune.train.features import load_encoder, split_features
 from fleetune.train.model import load_tokenizer
 from fleetune.train.source_weights import fitted
 from fleetune.train.targets import partners
@@ -323,3 +324,34 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_broken_off(trained: dict[s
     assert exact_metrics(broken.path)[6] == exact_metrics(unbroken.path)[6]
     first, second = _weights(unbroken), _weights(broken)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_shift_of_each_target_is_told_before_and_after(trained: dict[str, runs.Run]) -> None:
+    """By any number of ranks and any stage, of the pretrained weights and of those that are kept; and drawn."""
+    first, last = (load_file(trained["zero0"].path / "shift" / f"{when}.safetensors") for when in ("before", "after"))
+    assert {name: len(rows) for name, rows in first.items()} == {
+        "train": ROWS,
+        "target.near.train": 15,
+        "target.far.train": TARGETS - 15,
+    }
+    for name in ("zero1", "zero2", "zero3", "unbroken", "broken-2"):
+        other = load_file(trained[name].path / "shift" / "before.safetensors")
+        assert all(torch.allclose(rows, other[side], atol=1e-5) for side, rows in first.items()), name
+    assert all(not torch.allclose(rows, last[name], atol=1e-3) for name, rows in first.items())
+    for name in ("zero0", "zero3", "broken-5"):
+        report = json.loads(trained[name].eval.read_text(encoding="utf-8"))
+        assert {key: set(moments) for key, moments in report["shift"].items()} == {
+            "near": {"before", "after"},
+            "far": {"before", "after"},
+        }
+        assert (trained[name].path / "shift" / "shift.png").exists()
+
+
+def test_the_features_before_training_are_the_pretrained_encoders(
+    workspace: Path, trained: dict[str, runs.Run]
+) -> None:
+    recipe = trained["zero3"].recipe()
+    split = prepare(recipe, load_tokenizer(recipe)).splits["target.far.train"]
+    truth = split_features(load_encoder(recipe.model, recipe.data.max_length), split)
+    found = load_file(trained["zero3"].path / "shift" / "before.safetensors")
+    assert torch.allclose(found["target.far.train"], truth, atol=1e-5)

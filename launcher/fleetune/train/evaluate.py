@@ -26,16 +26,28 @@ Forward = Callable[[dict[str, torch.Tensor], Callable[[Outputs], torch.Tensor]],
 
 
 def predict(forward: Forward, split: Split, batch_size: int, pad_token_id: int, world: World) -> Floats:
-    """Logits of every row of the split, in the split's order, on every rank.  -> (rows, C)
+    """Logits of every row of the split: see rows_of.  -> (rows, C)"""
+    return rows_of(forward, _logits, split, batch_size, pad_token_id, world)
+
+
+def rows_of(
+    forward: Forward,
+    compute: Callable[[MicroBatch, Outputs], torch.Tensor],  # -> (B, D)
+    split: Split,
+    batch_size: int,
+    pad_token_id: int,
+    world: World,
+) -> Floats:  # (rows, D)
+    """What `compute` makes of the outputs for every row of the split, in the split's order, on every rank.
 
     Raises:
         Stopped: on every rank, when one of them is asked to stop.
     """
     pieces: list[tuple[Any, npt.NDArray[np.float32]]] = []
     for rows, batch in _batches(split, batch_size, pad_token_id, world):
-        logits = forward(batch.inputs, _logits)
+        values = forward(batch.inputs, functools.partial(compute, batch))
         if len(rows):  # a filler batch only keeps the collectives in step
-            pieces.append((rows, logits.float().cpu().numpy()))
+            pieces.append((rows, values.float().cpu().numpy()))
     gathered = [piece for rank in gather_objects(pieces, world) for piece in rank]
     order = np.concatenate([rows for rows, _ in gathered])
     predicted = np.concatenate([values for _, values in gathered]).astype(np.float64)
@@ -56,7 +68,7 @@ def _batches(split: Split, batch_size: int, pad_token_id: int, world: World) -> 
     signals.beat("evaluation")
 
 
-def _logits(outputs: Outputs) -> torch.Tensor:
+def _logits(_: MicroBatch, outputs: Outputs) -> torch.Tensor:
     assert outputs.logits is not None
     return outputs.logits
 

@@ -71,23 +71,25 @@ class Setup:
         inputs: dict[str, Any],
         compute: Callable[[Outputs], T],
         *,
-        evaluate: bool = False,
+        asked: Asked | None = None,
         dropout: bool | None = None,
     ) -> T:
-        """What `compute` makes of the engine's forward pass: with dropout where gradients are wanted, or as it says."""
+        """What `compute` makes of the engine's forward pass: with dropout where gradients are wanted, or as it says.
+
+        The outputs have what training asks for beside the logits, or what is `asked`.
+        """
         dropout = torch.is_grad_enabled() if dropout is None else dropout
         if self.engine.module.training != dropout:
             self.engine.module.train(dropout)
-        asked = Asked() if evaluate else self.asked
         with self._precision():
-            return run(self.engine, self.engine.module, inputs, asked, compute)
+            return run(self.engine, self.engine.module, inputs, asked or self.asked, compute)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         is_mixed = self.recipe.training.bf16 and not engine.keeps_bf16_weights(self.recipe)
         return torch.autocast(self.world.device.type, torch.bfloat16) if is_mixed else contextlib.nullcontext()
 
     def evaluate(self, split: str) -> dict[str, float]:
-        forward = functools.partial(self.forward, evaluate=True)
+        forward = functools.partial(self.forward, asked=Asked())
         rows, recipe, evaluation = self.data.splits[split], self.recipe, self.recipe.evaluation
         metrics = evaluate(forward, rows, recipe, self.padding_id, self.world)
         if evaluation.exact_match is not None:
