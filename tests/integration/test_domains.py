@@ -239,6 +239,7 @@ def trained(workspace: Path) -> dict[str, runs.Run]:
         losses = [MIXED[0], *({"kind": kind, "accumulate": accumulate} for kind in ("mmd", "coral"))]
         made[name] = make_run(_recipe(workspace, f"run-{name}", (1, 1), losses, **dropout), 1)
     made |= _weighted_runs(workspace)
+    made["zero2-sources"] = _run_of_two_sources(workspace)
     sizes = {name: 2 if name.startswith("zero") else 1 for name in made}
     jobs = {size: [Job(str(run.path)) for name, run in made.items() if sizes[name] == size] for size in (1, 2)}
     first, second = [], []
@@ -267,6 +268,33 @@ def _weighted_runs(workspace: Path) -> dict[str, runs.Run]:
     values = _recipe(workspace, "run-column", (1, 1), losses)
     values["data"] |= {"train": {"path": str(workspace / "weighted.jsonl")}, "weight_column": "weight"}
     return {"reweighted": reweighted, "column": make_run(values, 1)}
+
+
+def _run_of_two_sources(workspace: Path) -> runs.Run:
+    """The rows of `zero2`, cut in two and named."""
+    source: dict[str, Any] = {"books": {}, "music": {}}
+    for split, cut in (("train", 20), ("validation", 4)):
+        lines = (workspace / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        for name, part in (("books", lines[:cut]), ("music", lines[cut:])):
+            path = workspace / f"{name}-{split}.jsonl"
+            path.write_text("".join(part), encoding="utf-8")
+            source[name][split] = {"path": str(path)}
+    values = _recipe(workspace, "run-sources", (2, 2), MIXED, deepspeed={"zero_stage": 2})
+    values["data"] |= {"source": source, "train": None, "validation": None}
+    return make_run(values, 2)
+
+
+def test_several_sources_are_learnt_from_as_their_rows_in_one(trained: dict[str, runs.Run]) -> None:
+    """Bit for bit; and evaluated by name beside."""
+    one, several = (exact_metrics(trained[name].path) for name in ("zero2", "zero2-sources"))
+    by_name = {f"eval/{name}/" for name in ("books", "music")}
+    plain = {
+        step: {key: value for key, value in values.items() if not any(key.startswith(name) for name in by_name)}
+        for step, values in several.items()
+    }
+    assert plain == one
+    report = json.loads(trained["zero2-sources"].eval.read_text(encoding="utf-8"))["validation"]
+    assert report["accuracy"] == pytest.approx((4 * report["books/accuracy"] + 5 * report["music/accuracy"]) / 9)
 
 
 def test_reweighting_is_a_column_of_weights(trained: dict[str, runs.Run]) -> None:

@@ -123,7 +123,8 @@ def report(run: runs.Run, recipe: Recipe, after: Features) -> dict[str, Any]:
     panels = {}
     for when, features in moments.items():
         apart = ", ".join(f"{of_target[when]['mmd']:.3g}" for of_target in found.values())
-        panels[f"{when} training: MMD² {apart}"] = {shown(split): of_split for split, of_split in features.items()}
+        sides = sorted(features, key=lambda split: (split != "train", split))
+        panels[f"{when} training: MMD² {apart}"] = {shown(split): features[split] for split in sides}
     draw_features(run.path / SHIFT_PICTURE, panels)
     return found
 

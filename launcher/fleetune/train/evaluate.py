@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -114,8 +115,21 @@ def compute_metrics(recipe: Recipe, logits: Floats, labels: npt.NDArray[Any]) ->
     return {"loss": loss, **{name: float(compute[name]()) for name in metrics_of(recipe) if name != "loss"}}
 
 
-def evaluate(forward: Forward, split: Split, recipe: Recipe, pad_token_id: int, world: World) -> dict[str, float]:
+def evaluate(
+    forward: Forward,
+    split: Split,
+    recipe: Recipe,
+    pad_token_id: int,
+    world: World,
+    domains: Mapping[str, slice] = MappingProxyType({}),
+) -> dict[str, float]:
+    """The metrics of all rows, and those of each domain's as NAME/METRIC."""
     if recipe.task == "causal_lm":
         return perplexity(forward, split, recipe, pad_token_id, world)
     logits = predict(forward, split, recipe.evaluation.per_device_eval_batch_size, pad_token_id, world)
-    return compute_metrics(recipe, logits, np.asarray(split.labels))
+    labels = np.asarray(split.labels)
+    metrics = compute_metrics(recipe, logits, labels)
+    for name, rows in domains.items():
+        of_domain = compute_metrics(recipe, logits[rows], labels[rows])
+        metrics |= {f"{name}/{metric}": value for metric, value in of_domain.items()}
+    return metrics

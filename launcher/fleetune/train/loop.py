@@ -123,7 +123,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
             grad_norm = engine.gradient_norm(setup.engine)
             if not math.isfinite(grad_norm) and not recipe.training.fp16:
                 raise NonFiniteLoss(
-                    f"step {progress.step + 1}: the gradient's norm is {grad_norm}; {_rows(window, world)}"
+                    f"step {progress.step + 1}: the gradient's norm is {grad_norm}; {_rows(setup, window)}"
                 )
         except NonFiniteLoss:
             with contextlib.suppress(checkpoint.SaveFailed):  # the last checkpoint may still be on its way to the disk
@@ -225,7 +225,7 @@ def forward_backward(
     losses = dict(zip((term.name for term in terms), distributed.sum_over_ranks(sums).tolist(), strict=True))
     for name, value in losses.items():
         if not math.isfinite(value):
-            raise NonFiniteLoss(f"step {step}: {name} is {value}; {_rows(window, world)}")
+            raise NonFiniteLoss(f"step {step}: {name} is {value}; {_rows(setup, window)}")
     examples, tokens = counts[len(terms) :].tolist()
     return losses, int(examples), int(tokens)
 
@@ -309,11 +309,12 @@ def _finish(setup: Setup, progress: Progress, note: Notes) -> bool:
     return True
 
 
-def _rows(window: list[MicroBatch], world: World) -> str:
-    """The global batch's rows by their numbers in the training data; a collective."""
+def _rows(setup: Setup, window: list[MicroBatch]) -> str:
+    """The global batch's rows by their numbers in the training data, of named sources with the name; a collective."""
     mine = [int(row) for micro in window if micro.examples for row in micro.rows]
-    rows = sorted({row for rank in distributed.gather_objects(mine, world) for row in rank})
-    return "training rows " + ", ".join(map(str, rows[:64])) + (f" and {len(rows) - 64} more" if len(rows) > 64 else "")
+    rows = sorted({row for rank in distributed.gather_objects(mine, setup.world) for row in rank})
+    places = [" ".join(str(part) for part in setup.data.place(row) if part is not None) for row in rows[:64]]
+    return "training rows " + ", ".join(places) + (f" and {len(rows) - 64} more" if len(rows) > 64 else "")
 
 
 def _saves(setup: Setup, saver: checkpoint.Saver, progress: Progress, ends_epoch: bool) -> bool:

@@ -91,7 +91,7 @@ class Setup:
     def evaluate(self, split: str) -> dict[str, float]:
         forward = functools.partial(self.forward, asked=Asked())
         rows, recipe, evaluation = self.data.splits[split], self.recipe, self.recipe.evaluation
-        metrics = evaluate(forward, rows, recipe, self.padding_id, self.world)
+        metrics = evaluate(forward, rows, recipe, self.padding_id, self.world, self.data.domains(split))
         if evaluation.exact_match is not None:
             size = evaluation.per_device_eval_batch_size
             metrics["exact_match"] = exact_match(
@@ -100,7 +100,7 @@ class Setup:
         return metrics
 
     def evaluate_domains(self, split: str) -> dict[str, float]:
-        """The split's metrics, and those of each target's split of that name, as NAME/METRIC."""
+        """The split's metrics, and as NAME/METRIC those of each named source and target that has such a split."""
         metrics = self.evaluate(split) if split in self.data.splits else {}
         for name in self.recipe.data.target:
             if (target := f"target.{name}.{split}") in self.data.splits:
