@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,11 @@ from tiny import recipe_values
 from fleetune import runs
 from fleetune.recipe import parse_recipe
 from fleetune.schema import Recipe
+from fleetune.train import signals
+from fleetune.train.alignment import Asked, Outputs
 from fleetune.train.data import Prepared, Split
-from fleetune.train.domain_shift import only, report, samples, store
+from fleetune.train.distributed import World
+from fleetune.train.domain_shift import measure, only, report, samples, store
 
 
 def make_recipe(tmp_path: Path, **evaluation: Any) -> Recipe:
@@ -61,6 +65,43 @@ def test_what_cannot_be_compared_is_left_out(tmp_path: Path) -> None:
     assert set(samples(recipe, make_data(train=9, near=9, far=1))) == {"train", "target.near.train"}
     assert samples(recipe, make_data(train=9, near=1, far=1)) == {}
     assert samples(make_recipe(tmp_path, shift_rows=None), make_data(train=9, near=9, far=9)) == {}
+
+
+def make_setup(tmp_path: Path, **config: Any) -> Any:
+    """As much of a run as is needed, with a model whose every state is its token's number."""
+
+    def forward(inputs: dict[str, torch.Tensor], compute: Any, asked: Asked) -> torch.Tensor:
+        states = inputs["input_ids"][:, :, None].float()
+        return compute(Outputs(torch.zeros(0), (-states, states) if asked.hidden_states else ()))  # type: ignore[no-any-return]
+
+    return SimpleNamespace(
+        engine=SimpleNamespace(module=SimpleNamespace(config=SimpleNamespace(**config))),
+        recipe=make_recipe(tmp_path),
+        data=make_data(train=4, near=3, far=2),
+        batch=SimpleNamespace(micro_batch_size=2),
+        padding_id=0,
+        world=World(0, 1, 0, torch.device("cpu")),
+        forward=forward,
+    )
+
+
+def test_features_are_the_mean_over_a_texts_tokens_of_the_last_layer(tmp_path: Path) -> None:
+    found = measure(make_setup(tmp_path))
+    assert {name: rows.tolist() for name, rows in found.items()} == {
+        "train": [[0.0], [1.5], [4.0], [7.5]],  # of the tokens 0; 1, 2; 3, 4, 5; 6, 7, 8, 9
+        "target.near.train": [[0.0], [1.5], [4.0]],
+        "target.far.train": [[0.0], [1.5]],
+    }
+
+
+def test_a_stop_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "stop_requested", lambda: True)
+    with pytest.raises(signals.Stopped):
+        measure(make_setup(tmp_path))
+
+
+def test_a_model_without_one_last_layer_has_no_features(tmp_path: Path) -> None:
+    assert measure(make_setup(tmp_path, is_encoder_decoder=True)) == {}
 
 
 @pytest.fixture
