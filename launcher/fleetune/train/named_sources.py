@@ -56,8 +56,8 @@ def joined(
     recipe: Recipe, splits: dict[str, Rows], labels: dict[str, npt.NDArray[Any]]
 ) -> tuple[dict[str, Rows], dict[str, npt.NDArray[Any]], dict[str, list[Part]]]:
     """The splits and their labels with one `train`, `validation` and `test` in the sources' place; and their parts."""
-    rows = {name: of_split for name, of_split in splits.items() if not name.startswith("source.")}
-    numbers = {name: of_split for name, of_split in labels.items() if not name.startswith("source.")}
+    rows: dict[str, Rows] = {}
+    numbers: dict[str, npt.NDArray[Any]] = {}
     parts: dict[str, list[Part]] = {}
     for role in ("train", "validation", "test"):
         if named := of_role(recipe, splits, role):
@@ -69,6 +69,9 @@ def joined(
                 Part(name.split(".")[1], len(splits[name].texts), start)
                 for name, start in zip(named, starts, strict=True)
             ]
+    others = [name for name in splits if not name.startswith("source.")]
+    rows |= {name: splits[name] for name in others}
+    numbers |= {name: labels[name] for name in others if name in labels}
     return rows, numbers, parts
 
 
