@@ -88,6 +88,18 @@ def test_a_run_has_its_metrics_its_size_and_what_it_cost(tmp_path: Path) -> None
     }  # fmt: skip
 
 
+def test_a_run_with_a_target_tells_how_far_it_was_and_is(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a")
+    report = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+    moments = {"before": {"mmd": 0.25, "p_value": 0.001}, "after": {"mmd": 0.0625, "p_value": 0.5}}
+    (run / "eval.json").write_text(json.dumps({**report, "shift": {"dvd": moments}}), encoding="utf-8")
+    (row,) = rows(run)
+    found = {line: text for line, text in column(row).items() if line.startswith("dvd")}
+    assert found == {
+        "dvd MMD² before": "0.2500", "dvd p before": "0.0010", "dvd MMD² after": "0.0625", "dvd p after": "0.5000",
+    }  # fmt: skip
+
+
 def test_a_line_that_is_empty_for_all_is_left_out_and_one_that_a_run_has_is_there(tmp_path: Path) -> None:
     text = shown(rows(make_run(tmp_path, "a"), make_run(tmp_path, "b", training={"learning_rate": 0.1})))
     assert "state" not in text

@@ -59,3 +59,10 @@ def test_another_target_is_another_gap() -> None:
     other, figures = row(0.8, 0.8, "mmd")
     data = other.data.model_copy(update={"target": {"dvd": other.data.target["dvd"].model_copy(update={"test": None})}})
     assert gaps_closed([ORACLE, SOURCE_ONLY, (other.model_copy(update={"data": data}), figures)])[2] == {}
+
+
+def test_an_oracle_may_have_other_sources_beside() -> None:
+    sources = {name: {"train": {"path": f"/{name}.jsonl", "where": {"split": "train"}}} for name in ("dvd", "music")}
+    data = {"train": None, "source": sources, "target": TARGET}
+    found = gaps_closed([row(0.90, 0.01, data=data), SOURCE_ONLY, row(0.80, 0.5, "mmd")])
+    assert [values["dvd accuracy"] for values in found] == pytest.approx([1.0, 0.0, 0.5])

@@ -66,6 +66,12 @@ ADAPTED = CLASSIFICATION | {
     "losses": [{"kind": kind} for kind in ("cross_entropy", "mmd", "jmmd", "lmmd", "coral", "dann", "entropy")],
     "reweight": {"method": "domain_classifier"},
 }
+OF_SOURCES = CLASSIFICATION | {
+    "data": {
+        "source": {"near": {split: {"path": "train.jsonl"} for split in SPLITS}},
+        "augmentation": CLASSIFICATION["data"]["augmentation"],
+    },
+}
 LANGUAGE = CLASSIFICATION | {
     "task": "causal_lm",
     "data": {key: value for key, value in CLASSIFICATION["data"].items() if key != "augmentation"},
@@ -92,9 +98,17 @@ OF_A_LOSS = {
 PLACES = {name: f"losses.{place}" for name, (place, _) in OF_A_LOSS.items()} | {
     "Teacher": "teacher",
     "Target": "data.target.far",
+    "Domain": "data.source.near",
 }
 BASES = {name: base for name, (_, base) in OF_A_LOSS.items()} | {"Teacher": DISTILLED, "TeacherDeepSpeed": DISTILLED}
-BASES |= {"Generation": LANGUAGE, "ExactMatch": LANGUAGE, "Target": ADAPTED, "Reweight": ADAPTED, "Lora": WITH_LORA}
+BASES |= {
+    "Domain": OF_SOURCES,
+    "Generation": LANGUAGE,
+    "ExactMatch": LANGUAGE,
+    "Target": ADAPTED,
+    "Reweight": ADAPTED,
+    "Lora": WITH_LORA,
+}
 UNIONS = {
     "layer_map": "uniform",
     "target_modules": "all-linear",
@@ -167,7 +181,13 @@ def _sections(annotation: Any) -> list[type[Section]]:
 def keys(section: type[Section] = Recipe, path: str = "") -> Iterator[Key]:
     for name, info in ((info.alias or name, info) for name, info in section.model_fields.items()):
         here, annotation = f"{path}{name}", _without_none(info.annotation)
-        base = ADAPTED if ".target." in here else BASES.get(section.__name__, CLASSIFICATION)
+        base = (
+            ADAPTED
+            if ".target." in here
+            else OF_SOURCES
+            if ".source." in here
+            else BASES.get(section.__name__, CLASSIFICATION)
+        )
         yield Key(here, annotation, info, base)
         for inner in _sections(annotation) if name != "teachers" else ():  # each is as `teacher` is
             yield from keys(inner, PLACES.get(inner.__name__, here + ".0" * (get_origin(annotation) is list)) + ".")
@@ -489,10 +509,43 @@ def of_domains() -> Iterator[Fault]:
         for path, value in given.items():
             values = changed(values, path, value)
         yield Fault("domains", key, values, said=said)
+    yield from of_sources()
     for split in SPLITS:
         key = f"data.target.far.{split}.path"
         yield Fault("domains", key, changed(ADAPTED, key, "nothing.csv"), said="there is no such file")
         yield Fault("domains", key, changed(ADAPTED, key, "${NO_SUCH_VARIABLE}/a"), said="NO_SUCH_VARIABLE is not set")
+
+
+def of_sources() -> Iterator[Fault]:
+    """Around a recipe of several sources."""
+    near, plain = OF_SOURCES["data"]["source"]["near"], {"path": "train.jsonl"}
+    for key, given, said in (
+        ("data.train", {"data.source": {}}, "should be what the model learns from: {path: ...}, or data.source"),
+        *((f"data.{split}", {f"data.{split}": plain}, "data.source stands in its place") for split in SPLITS),
+        ("data.source", {"data.source": {"a.b": near}}, "'a.b' should be a name of letters"),
+        ("data.source", {"data.target": {"near": {"train": plain}}}, "'near' names a domain of data.target too"),
+        (
+            "data.source",
+            {"task": "causal_lm", "losses": [{"kind": "cross_entropy"}], "data.augmentation": []},
+            "does not fit task: causal_lm",
+        ),
+        ("data.validation_fraction", {"data.validation_fraction": 0.5}, "there is a validation split already"),
+        (
+            "data.target.far.validation",
+            {
+                "data.source": {"near": {"train": plain}},
+                "data.target": {"far": {"train": plain, "validation": plain}},
+            },
+            "is evaluated beside data.validation",
+        ),
+    ):
+        values = copy.deepcopy(OF_SOURCES)
+        for path, value in given.items():
+            values = changed(values, path, value)
+        yield Fault("sources", key, values, said=said)
+    for split in SPLITS:
+        key = f"data.source.near.{split}.path"
+        yield Fault("sources", key, changed(OF_SOURCES, key, "nothing.csv"), said="there is no such file")
 
 
 def save_steps() -> Iterator[Fault]:

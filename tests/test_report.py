@@ -119,3 +119,14 @@ def test_watching_shows_the_runs_and_the_loss_of_the_first_that_has_one(tmp_path
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "train/loss of second by step" in shown
     assert "0.2" in shown
+
+
+def test_an_evaluation_has_a_line_for_each_domain() -> None:
+    found = {"model": "m", "data": "test", "rows": 9, "metrics": {"loss": 0.5, "accuracy": 0.75}}
+    table = report.metrics(found)
+    assert [list(column.cells) for column in table.columns] == [["0.5000"], ["0.7500"]]
+    of_books = {"books/loss": 0.25, "books/accuracy": 1.0}
+    table = report.metrics({**found, "metrics": {"loss": 0.5, "accuracy": 0.75, **of_books}})
+    assert {str(column.header): list(column.cells) for column in table.columns} == {
+        "domain": ["all", "books"], "loss": ["0.5000", "0.2500"], "accuracy": ["0.7500", "1.0000"],
+    }  # fmt: skip

@@ -13,6 +13,7 @@ from tiny import recipe_values
 from fleetune import verify
 from fleetune.cluster.local import Layout
 from fleetune.schema import Recipe
+from fleetune.short_form import short_form
 
 STEPS: list[dict[str, Any]] = [
     {"step": step, "train/loss": 1.0 / step, "data/order": f"{step:x}", "time/step": 0.1} for step in (1, 2, 3)
@@ -87,7 +88,7 @@ def test_the_short_form_changes_length_logging_and_data_for_evaluation_alone(tmp
     values = recipe_values(tmp_path, "long", tracking={"wandb": {"mode": "offline"}})
     values["data"]["test"] = {"path": str(tmp_path / "test.jsonl")}
     recipe = Recipe.model_validate(values)
-    short = verify.short_form(recipe, "short", tmp_path, 5, 2)
+    short = short_form(recipe, "short", tmp_path, 5, 2)
     assert (short.name, short.training.max_steps, short.training.logging_steps) == ("short", 5, 1)
     assert (short.checkpoint.save_steps, short.tracking.wandb, short.data.test) == (2, None, None)
     assert short.data.validation is not None

@@ -27,10 +27,10 @@ ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("FLEETUNE_DATA", ROOT.parent / "shared" / "data"))
 PAIRS = list(itertools.permutations(("books", "dvd", "electronics"), 2))
 SOURCE_ONLY, ORACLE = "base", "oracle"
-METHODS = ("mmd", "coral", "jmmd", "lmmd", "dann", "reweight")
+METHODS = ("mmd", "coral", "jmmd", "lmmd", "dann", "entropy", "reweight")
 ARMS = (SOURCE_ONLY, *METHODS, ORACLE)
 SEEDS = (0, 1, 2)
-SMALL = ["training.max_steps=20", "data.target.target.test=null"]
+SMALL = ["training.max_steps=20", "data.target.target.test=null", "evaluation.shift_rows=100"]
 
 
 def name_of(pair: tuple[str, str], arm: str, seed: int, small: bool) -> str:
@@ -49,7 +49,7 @@ def run(pair: tuple[str, str], arm: str, seed: int, runs: Path, small: bool) -> 
     environment = {**os.environ, "FLEETUNE_DATA": str(DATA), **chosen}
     subprocess.run(command, cwd=ROOT, check=True, env=environment)
     report = json.loads((runs / folder / "eval.json").read_text(encoding="utf-8"))
-    figures = {key: report[key] for key in ("validation", "test", "train_seconds", "step")}
+    figures = {key: report[key] for key in ("validation", "test", "train_seconds", "step", "shift")}
     variables = " ".join(f"{key}={value}" for key, value in chosen.items())
     record.write(name, f"{variables} fleetune {' '.join(shown)} --nproc-per-node 2", figures)
 

@@ -271,17 +271,12 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a trained model on test or other data."""
-    from rich.table import Table
+    from fleetune.report import metrics
 
     arguments = [str(run_or_model)]
     arguments += ["--data", data] if data is not None else []
     arguments += ["--split", split] if split is not None else []
-    report = answer_of("evaluate_folder", arguments)
-    table = Table(title=f"{report['model']} on {report['data']} ({report['rows']} rows)", title_justify="left")
-    for name in report["metrics"]:
-        table.add_column(name, justify="right")
-    table.add_row(*(f"{value:.4f}" for value in report["metrics"].values()))
-    print_table(table, 120)
+    print_table(metrics(answer_of("evaluate_folder", arguments)), 120)
 
 
 app.command()(export_command.export)

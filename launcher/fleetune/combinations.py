@@ -22,6 +22,7 @@ from fleetune.schema import (
     METRICS,
     Model,
     Recipe,
+    has_validation,
     has_weights,
     losses_of,
     metrics_of,
@@ -56,14 +57,14 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             best,
             f"is not computed; legal: {', '.join(dict.fromkeys((*metrics_of(recipe), 'loss')))}",
         )
-    has_validation = recipe.data.validation is not None or recipe.data.validation_fraction is not None
-    if recipe.data.validation is not None and recipe.data.validation_fraction is not None:
+    validations = [recipe.data.validation, *(domain.validation for domain in recipe.data.source.values())]
+    if any(source is not None for source in validations) and recipe.data.validation_fraction is not None:
         yield (
             "data.validation_fraction",
             recipe.data.validation_fraction,
             "there is a validation split already; leave one of the two out",
         )
-    if not has_validation:
+    if not has_validation(recipe):
         for key in ("eval_steps", "early_stopping_patience", "metric_for_best_model", "generate"):
             if getattr(recipe.evaluation, key) is not None:
                 yield (
@@ -79,7 +80,7 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
 
 def _language_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     """Keys of a language model's data elsewhere, and of labelled data in its place."""
-    data, plain = recipe.data, Data(train=recipe.data.train)
+    data, plain = recipe.data, Data()
     of_language = ("format", "chat_template", "loss_on", "too_long", "packing")
     of_labels = ("text_pair_column", "label_column", "augmentation")
     for key in of_labels if recipe.task == "causal_lm" else of_language:
@@ -143,18 +144,38 @@ def _loss_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
 _DOMAIN = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
+def _source_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    """Of data.source, which stands in the place of data.train, or does not."""
+    data = recipe.data
+    if not data.source and data.train is None:
+        yield "data.train", None, "should be what the model learns from: {path: ...}, or data.source of several domains"
+    if not data.source:
+        return
+    if recipe.task == "causal_lm":
+        yield "data.source", list(data.source), "does not fit task: causal_lm; give data.train"
+    for key in ("train", "validation", "test"):
+        if getattr(data, key) is not None:
+            yield f"data.{key}", "...", "data.source stands in its place; leave one of the two out"
+    for name in data.source:
+        if not _DOMAIN.fullmatch(name):
+            yield "data.source", list(data.source), f"{name!r} should be a name of letters, digits, '_' and '-'"
+        if name in data.target:
+            yield "data.source", list(data.source), f"{name!r} names a domain of data.target too, which is another"
+
+
 def _domain_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     """Of data.target, and of the losses that need it."""
     data, targets = recipe.data, recipe.data.target
     if targets and recipe.task == "causal_lm":
         yield "data.target", list(targets), "does not fit task: causal_lm; leave it out"
+    yield from _source_combinations(recipe)
     for name, target in targets.items():
         if not _DOMAIN.fullmatch(name):
             yield "data.target", list(targets), f"{name!r} should be a name of letters, digits, '_' and '-'"
         if data.label_column in target.train.where:
             key = f"data.target.{name}.train.where"
             yield key, target.train.where, f"reads the labels ({data.label_column}) of what is to be unlabelled"
-        if target.validation is not None and data.validation is None and data.validation_fraction is None:
+        if target.validation is not None and not has_validation(recipe):
             yield f"data.target.{name}.validation", "...", "is evaluated beside data.validation, which is not there"
     if targets and any(teacher.cache is not None for _, teacher in teachers_of(recipe)):
         yield "data.target", list(targets), "a teacher's cache has no rows of these; let the teacher run"

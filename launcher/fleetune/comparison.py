@@ -157,6 +157,9 @@ def figures(member: Compared) -> dict[str, float | None]:
     if weights:
         found["model_bytes"] = sum(file.stat().st_size for file in weights)
     if report is not None:
+        for target, moments in report.get("shift", {}).items():
+            for when, of_moment in moments.items():
+                found[f"{target}/MMD² {when}"], found[f"{target}/p {when}"] = of_moment["mmd"], of_moment["p_value"]
         found |= {key: report[key] for key in ("step", "train_seconds", "samples_per_second")}
     return found
 

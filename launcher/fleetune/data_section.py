@@ -24,9 +24,18 @@ class Source(Section):
     """Keeps the rows whose columns have these values, e.g. {split: train}."""
 
 
+class Domain(Section):
+    train: Source
+    """Labelled rows, which the model learns from together with those of the other domains."""
+    validation: Source | None = None
+    """Labelled rows. Those of all domains together choose the best checkpoint; `NAME/accuracy` is that of these."""
+    test: Source | None = None
+    """Labelled rows, evaluated once, together and each domain by its name, with the weights that are kept."""
+
+
 class Target(Section):
     train: Source
-    """Text of the domain, of which each step reads as many rows as of data.train. Its labels, if it has any, are never
+    """Text of the domain, of which each step reads as many rows as of the source. Its labels, if it has any, are never
     read."""
     validation: Source | None = None
     """Labelled rows, evaluated as `NAME/accuracy` beside data.validation's; no weights are chosen by them."""
@@ -47,8 +56,11 @@ class Augmentation(Section):
 
 
 class Data(Section):
-    train: Source
-    """What the model learns from."""
+    train: Source | None = None
+    """What the model learns from; of several domains `source` in its place."""
+    source: dict[str, Domain] = {}
+    """Several domains to learn from, by name, in place of train, validation and test: their rows are drawn as of one
+    set, and evaluated together and by name."""
     validation: Source | None = None
     """Evaluated while the model is trained: it chooses the best checkpoint and stops early."""
     test: Source | None = None
@@ -56,7 +68,7 @@ class Data(Section):
     target: dict[str, Target] = {}
     """Domains, by name, that the model should work on as well: see the losses between domains. Where there is one, each
     micro-batch has as many of their rows beside its own, drawn as of one set, in fresh order each time that they are
-    through; steps, epochs and batch sizes count data.train alone."""
+    through; steps, epochs and batch sizes count the source's alone."""
     text_column: str = "text"
     """The column that the model reads."""
     text_pair_column: str | None = None

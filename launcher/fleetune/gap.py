@@ -13,7 +13,7 @@ from typing import Any
 
 from fleetune.data_section import Source
 from fleetune.losses import OF_DOMAINS
-from fleetune.schema import Recipe, best_metric_of
+from fleetune.schema import Recipe, best_metric_of, training_sources
 
 Figures = dict[str, dict[str, Any]]  # by name, as `comparison.summary` has them
 
@@ -44,9 +44,12 @@ def gaps_closed(rows: Sequence[tuple[Recipe, Figures]]) -> list[dict[str, float]
 
 def is_oracle(recipe: Recipe, name: str) -> bool:
     target = recipe.data.target[name]
-    train = recipe.data.train
     labelled = [source for source in (target.validation, target.test) if source is not None]
-    return any((train.path, train.name, train.split) == (source.path, source.name, source.split) for source in labelled)
+    return any(_place(train) == _place(source) for train in training_sources(recipe) for source in labelled)
+
+
+def _place(source: Source) -> tuple[str | None, ...]:
+    return source.path, source.name, source.split
 
 
 def _adapts(recipe: Recipe) -> bool:
@@ -60,13 +63,13 @@ def _targets(recipe: Recipe) -> str:
 def _unseen(oracle: Recipe, name: str) -> list[str]:
     """The splits that have other rows than the oracle's training data."""
 
-    train = oracle.data.train
-
     def apart(source: Source) -> bool:
         """Of another file or split, or of rows that have another value in one column."""
-        if (source.path, source.name, source.split) != (train.path, train.name, train.split):
-            return True
-        return any(source.where[key] != train.where[key] for key in source.where.keys() & train.where.keys())
+        return all(
+            _place(source) != _place(train)
+            or any(source.where[key] != train.where[key] for key in source.where.keys() & train.where.keys())
+            for train in training_sources(oracle)
+        )
 
     splits = {"test": oracle.data.target[name].test, "validation": oracle.data.target[name].validation}
     return [split for split, source in splits.items() if source is not None and apart(source)]

@@ -91,16 +91,20 @@ def _lookup(values: Any, path: Path_) -> tuple[Any, Any]:
     return values, path[-1]
 
 
+def _names(section: Any) -> list[Any]:
+    return list(section) if isinstance(section, dict) else []
+
+
 def _localise(values: dict[str, Any], origin: str, folder: Path) -> None:
     """Expands variables and makes paths absolute, in the values that one file or override set."""
     teachers = values.get("teachers")
     listed = range(len(teachers)) if isinstance(teachers, list) else ()
-    targets = inside(inside(values, "data"), "target")
-    named = list(targets) if isinstance(targets, dict) else []
+    data = inside(values, "data")
+    domains = [(key, name) for key in ("source", "target") for name in _names(inside(data, key))]
     keys: tuple[Path_, ...] = (
         *_PATH_KEYS,
         *(("teachers", i, key) for i in listed for key in ("model_name_or_path", "cache")),
-        *(("data", "target", name, split, "path") for name in named for split in ("train", "validation", "test")),
+        *(("data", *domain, split, "path") for domain in domains for split in ("train", "validation", "test")),
     )
     for key in keys:
         parent, last = _lookup(values, key)

@@ -32,6 +32,22 @@ def findings(found: list[Finding]) -> Table:
     return table
 
 
+def metrics(report: dict[str, Any]) -> Table:
+    """What `fleetune eval` found, with a line for each domain of several."""
+    table = Table(title=f"{report['model']} on {report['data']} ({report['rows']} rows)", title_justify="left")
+    lines: dict[str, dict[str, str]] = {}
+    for key, value in report["metrics"].items():
+        domain, _, metric = key.rpartition("/")
+        lines.setdefault(domain, {})[metric] = f"{value:.4f}"
+    if len(lines) > 1:
+        table.add_column("domain")
+    for metric in lines[""]:
+        table.add_column(metric, justify="right")
+    for domain, values in lines.items():
+        table.add_row(*([domain or "all"] if len(lines) > 1 else []), *values.values())
+    return table
+
+
 def split_lines(recipe: Recipe, report: dict[str, Any]) -> Iterator[str]:
     """What preparing found in each split."""
     for split, count in report["rows"].items():
@@ -48,6 +64,8 @@ def split_lines(recipe: Recipe, report: dict[str, Any]) -> Iterator[str]:
         elif split in report["labels"]:
             labels = zip(report["label_names"], report["labels"][split], strict=True)
             line += "; " + ", ".join(f"{name}: {n}" for name, n in labels)
+        if split in report.get("parts", {}):
+            line += "; of " + ", ".join(f"{part['name']} {part['rows']}" for part in report["parts"][split])
         yield line
     if "reweight" in report:
         found = report["reweight"]

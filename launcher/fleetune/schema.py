@@ -172,6 +172,9 @@ class Evaluation(Section):
     """Optimizer steps between evaluations; once an epoch, and at the end, when absent."""
     per_device_eval_batch_size: Positive = 64
     """Rows that one rank evaluates at once."""
+    shift_rows: Annotated[int, Field(ge=2)] | None = 500
+    """With data.target: of so many rows of the source and of each target the features are compared before training and
+    after it, by MMD with a permutation test, and drawn; null leaves that out."""
     metric_for_best_model: Metric | None = None
     """Chooses the best checkpoint on the validation split; the first of `metrics` when absent."""
     early_stopping_patience: Positive | None = None
@@ -324,9 +327,27 @@ def sources_of(recipe: Recipe) -> list[tuple[str, Source]]:
     """Each data set with its key's path below `data`, which is its split's name too."""
     data = recipe.data
     named = [("train", data.train), ("validation", data.validation), ("test", data.test)]
-    for name, target in data.target.items():
-        named += [(f"target.{name}.{split}", getattr(target, split)) for split in ("train", "validation", "test")]
+    for key, domains in (("source", data.source), ("target", data.target)):
+        for name, domain in domains.items():
+            named += [(f"{key}.{name}.{split}", getattr(domain, split)) for split in ("train", "validation", "test")]
     return [(name, source) for name, source in named if source is not None]
+
+
+def is_source(split: str) -> bool:
+    """Whether a split, by its key's path below `data`, is of what is learnt from."""
+    return not split.startswith("target.")
+
+
+def training_sources(recipe: Recipe) -> list[Source]:
+    """The labelled data sets that the model learns from."""
+    data = recipe.data
+    return [domain.train for domain in data.source.values()] if data.train is None else [data.train]
+
+
+def has_validation(recipe: Recipe) -> bool:
+    data = recipe.data
+    of_domains = any(domain.validation is not None for domain in data.source.values())
+    return data.validation is not None or data.validation_fraction is not None or of_domains
 
 
 def has_weights(recipe: Recipe) -> bool:
@@ -363,13 +384,15 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["losses"]["minItems"] = 1
     definitions = schema["$defs"]
     # A loss or an augmentation stands in a list, which is replaced as a whole: its keys stay required.
-    required = {name: definitions[name].pop("required") for name in ("Model", "Data", "Source", "Target")}
+    required = {name: definitions[name].pop("required") for name in ("Model", "Source", "Domain", "Target")}
     whole = {"required": schema.pop("required"), "properties": {}}
     whole["properties"]["model"] = {"required": required["Model"]}
-    whole["properties"]["data"] = {"required": required["Data"], "properties": {}}
+    either = [{"required": ["train"]}, {"required": ["source"]}]
+    whole["properties"]["data"] = {"anyOf": either, "properties": {}}
     for split in ("train", "validation", "test"):
         whole["properties"]["data"]["properties"][split] = {"required": required["Source"]}
     splits = {split: {"required": required["Source"]} for split in ("train", "validation", "test")}
-    target = {"additionalProperties": {"required": required["Target"], "properties": splits}}
-    whole["properties"]["data"]["properties"]["target"] = target
+    for key, section in (("source", "Domain"), ("target", "Target")):
+        domain = {"required": required[section], "properties": splits}
+        whole["properties"]["data"]["properties"][key] = {"additionalProperties": domain}
     return {**schema, "if": {"not": {"required": ["extends"]}}, "then": whole}

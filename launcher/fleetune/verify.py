@@ -29,6 +29,7 @@ from fleetune.batch import Batch, cut_batch
 from fleetune.cluster.local import Layout, die_with_parent, run_program
 from fleetune.recipe import dump_recipe
 from fleetune.schema import Recipe
+from fleetune.short_form import short_form
 
 # What a clock or the machine says, and no two runs have alike.
 MEASURED = re.compile(r"time/|checkpoint/|nodes/|train/(samples_per_second|tokens_per_second|memory_mb|mfu)$")
@@ -50,26 +51,6 @@ class Broken:
 
     path: Path
     kills: list[Kill] = field(default_factory=list)
-
-
-def short_form(recipe: Recipe, name: str, folder: Path, steps: int, save_steps: int) -> Recipe:
-    """The recipe for so many steps, every one logged, with little evaluation and no tracking."""
-    validation = recipe.data.validation
-    if validation is not None:
-        validation = validation.model_copy(update={"limit": min(validation.limit or 64, 64)})
-    targets = {
-        key: target.model_copy(update={"validation": None, "test": None}) for key, target in recipe.data.target.items()
-    }
-    return recipe.model_copy(
-        update={
-            "name": name,
-            "output_dir": str(folder),
-            "training": recipe.training.model_copy(update={"max_steps": steps, "logging_steps": 1}),
-            "checkpoint": recipe.checkpoint.model_copy(update={"save_steps": save_steps, "mtbf_hours": None}),
-            "tracking": recipe.tracking.model_copy(update={"wandb": None}),
-            "data": recipe.data.model_copy(update={"validation": validation, "test": None, "target": targets}),
-        }
-    )
 
 
 def start(recipe: Recipe, layout: Layout) -> subprocess.Popen[str]:

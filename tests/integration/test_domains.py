@@ -17,6 +17,7 @@ from torch.nn import functional
 from fleetune import runs
 from fleetune.train.batches import compose_epoch
 from fleetune.train.data import prepare
+from fleetune.train.features import load_encoder, split_features
 from fleetune.train.model import load_tokenizer
 from fleetune.train.source_weights import fitted
 from fleetune.train.targets import partners
@@ -238,6 +239,7 @@ def trained(workspace: Path) -> dict[str, runs.Run]:
         losses = [MIXED[0], *({"kind": kind, "accumulate": accumulate} for kind in ("mmd", "coral"))]
         made[name] = make_run(_recipe(workspace, f"run-{name}", (1, 1), losses, **dropout), 1)
     made |= _weighted_runs(workspace)
+    made["zero2-sources"] = _run_of_two_sources(workspace)
     sizes = {name: 2 if name.startswith("zero") else 1 for name in made}
     jobs = {size: [Job(str(run.path)) for name, run in made.items() if sizes[name] == size] for size in (1, 2)}
     first, second = [], []
@@ -266,6 +268,33 @@ def _weighted_runs(workspace: Path) -> dict[str, runs.Run]:
     values = _recipe(workspace, "run-column", (1, 1), losses)
     values["data"] |= {"train": {"path": str(workspace / "weighted.jsonl")}, "weight_column": "weight"}
     return {"reweighted": reweighted, "column": make_run(values, 1)}
+
+
+def _run_of_two_sources(workspace: Path) -> runs.Run:
+    """The rows of `zero2`, cut in two and named."""
+    source: dict[str, Any] = {"books": {}, "music": {}}
+    for split, cut in (("train", 20), ("validation", 4)):
+        lines = (workspace / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        for name, part in (("books", lines[:cut]), ("music", lines[cut:])):
+            path = workspace / f"{name}-{split}.jsonl"
+            path.write_text("".join(part), encoding="utf-8")
+            source[name][split] = {"path": str(path)}
+    values = _recipe(workspace, "run-sources", (2, 2), MIXED, deepspeed={"zero_stage": 2})
+    values["data"] |= {"source": source, "train": None, "validation": None}
+    return make_run(values, 2)
+
+
+def test_several_sources_are_learnt_from_as_their_rows_in_one(trained: dict[str, runs.Run]) -> None:
+    """Bit for bit; and evaluated by name beside."""
+    one, several = (exact_metrics(trained[name].path) for name in ("zero2", "zero2-sources"))
+    by_name = {f"eval/{name}/" for name in ("books", "music")}
+    plain = {
+        step: {key: value for key, value in values.items() if not any(key.startswith(name) for name in by_name)}
+        for step, values in several.items()
+    }
+    assert plain == one
+    report = json.loads(trained["zero2-sources"].eval.read_text(encoding="utf-8"))["validation"]
+    assert report["accuracy"] == pytest.approx((4 * report["books/accuracy"] + 5 * report["music/accuracy"]) / 9)
 
 
 def test_reweighting_is_a_column_of_weights(trained: dict[str, runs.Run]) -> None:
@@ -323,3 +352,34 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_broken_off(trained: dict[s
     assert exact_metrics(broken.path)[6] == exact_metrics(unbroken.path)[6]
     first, second = _weights(unbroken), _weights(broken)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_shift_of_each_target_is_told_before_and_after(trained: dict[str, runs.Run]) -> None:
+    """By any number of ranks and any stage, of the pretrained weights and of those that are kept; and drawn."""
+    first, last = (load_file(trained["zero0"].path / "shift" / f"{when}.safetensors") for when in ("before", "after"))
+    assert {name: len(rows) for name, rows in first.items()} == {
+        "train": ROWS,
+        "target.near.train": 15,
+        "target.far.train": TARGETS - 15,
+    }
+    for name in ("zero1", "zero2", "zero3", "unbroken", "broken-2"):
+        other = load_file(trained[name].path / "shift" / "before.safetensors")
+        assert all(torch.allclose(rows, other[side], atol=1e-5) for side, rows in first.items()), name
+    assert all(not torch.allclose(rows, last[name], atol=1e-3) for name, rows in first.items())
+    for name in ("zero0", "zero3", "broken-5"):
+        report = json.loads(trained[name].eval.read_text(encoding="utf-8"))
+        assert {key: set(moments) for key, moments in report["shift"].items()} == {
+            "near": {"before", "after"},
+            "far": {"before", "after"},
+        }
+        assert (trained[name].path / "shift" / "shift.png").exists()
+
+
+def test_the_features_before_training_are_the_pretrained_encoders(
+    workspace: Path, trained: dict[str, runs.Run]
+) -> None:
+    recipe = trained["zero3"].recipe()
+    split = prepare(recipe, load_tokenizer(recipe)).splits["target.far.train"]
+    truth = split_features(load_encoder(recipe.model, recipe.data.max_length), split)
+    found = load_file(trained["zero3"].path / "shift" / "before.safetensors")
+    assert torch.allclose(found["target.far.train"], truth, atol=1e-5)

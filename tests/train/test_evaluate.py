@@ -212,3 +212,15 @@ def test_a_real_model_predicts_in_batches_what_it_predicts_row_by_row() -> None:
         lambda inputs, compute: forward(inputs=inputs, compute=compute), split, recipe(batch_size=2), 0, WORLD
     )
     assert metrics == pytest.approx(compute_metrics(recipe(), found, split.labels), abs=1e-6)
+
+
+def test_each_domain_has_the_metrics_of_its_own_rows() -> None:
+    split, domains = make_split(LENGTHS), {"books": slice(0, 3), "dvd": slice(3, len(LENGTHS))}
+    found = evaluate(first_token_and_length, split, recipe(), 0, WORLD, domains)
+    logits, labels = predict(first_token_and_length, split, 4, 0, WORLD), np.asarray(split.labels)
+    expected = compute_metrics(recipe(), logits, labels)
+    for name, rows in domains.items():
+        of_domain = compute_metrics(recipe(), logits[rows], labels[rows])
+        expected |= {f"{name}/{metric}": value for metric, value in of_domain.items()}
+    assert found == expected
+    assert {"accuracy", "books/accuracy", "dvd/accuracy"} <= set(found)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from wandb_server import KEY, Server, black_hole, refusing, serving, sync, wandb_environment
 
-from fleetune.train.metrics_log import MetricsLog, read_metrics
+from fleetune.train.metrics_log import SHIFT, SHIFT_PICTURE, MetricsLog, read_metrics
 from fleetune.train.tracking import start_feeder, status, stop_feeder
 from fleetune.train.wandb_run import logged_steps, wandb_logs
 
@@ -324,6 +324,44 @@ def test_numbers_are_sent_and_no_text(run: Run, server: Server) -> None:
     run.log.write(10, {"loss": 5.0, "data/order": "0f"})
     run.once()
     assert [row.keys() & {"loss", "data/order"} for row in server.history] == [{"loss"}]
+
+
+def draw(run: Run) -> None:
+    import base64
+
+    (run.path / SHIFT_PICTURE).parent.mkdir()
+    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABh6FO1AAAAABJRU5ErkJggg=="
+    (run.path / SHIFT_PICTURE).write_bytes(base64.b64decode(pixel))
+    (run.path / "eval.json").write_text('{"shift": {"dvd": {"after": {"mmd": 0.25, "p_value": 0.001}}}}')
+
+
+def test_the_picture_of_the_domains_is_sent_with_the_last_step(run: Run, server: Server) -> None:
+    run.write(10, 20)
+    draw(run)
+    run.log.write(20, {SHIFT: SHIFT_PICTURE})
+    run.once()
+    assert [row["_step"] for row in server.history] == [10, 20]
+    assert server.history[1][SHIFT]["_type"] == "image-file"
+    assert server.summary[SHIFT]["_type"] == "image-file"
+    assert server.summary["eval/shift/dvd/after/mmd"] == 0.25
+
+
+def test_a_picture_whose_step_went_out_before_a_kill_stands_in_the_summary(run: Run, server: Server) -> None:
+    run.write(10, 20)
+    run.once()
+    draw(run)
+    run.resume(20)
+    run.log.write(20, {SHIFT: SHIFT_PICTURE})
+    run.once()
+    assert server.steps() == [10, 20]
+    assert SHIFT not in server.history[1]
+    assert server.summary[SHIFT]["_type"] == "image-file"
+
+
+def test_a_picture_that_is_gone_is_no_error(run: Run, server: Server) -> None:
+    run.log.write(10, {"loss": 5.0, SHIFT: SHIFT_PICTURE})
+    run.once()
+    assert [row.keys() & {"loss", SHIFT} for row in server.history] == [{"loss"}]
 
 
 def send(run: Path) -> str:

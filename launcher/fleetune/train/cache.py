@@ -41,7 +41,7 @@ def cache_key(recipe: Recipe, tokenizer: Any) -> str:
         # On the hub, what datasets makes of the revision and the loading.
         content = file_hash(source.path, name) if local else load_hub(source, name)._fingerprint
         sources[name] = [content, source.name, source.split, source.limit, source.where, Path(source.path).suffix]
-    data = recipe.data.model_dump(exclude={"train", "validation", "test", "target", "augmentation"})
+    data = recipe.data.model_dump(exclude={"train", "validation", "test", "source", "target", "augmentation"})
     parts = [
         CACHE_FORMAT,
         recipe.task,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fleetune.schema import is_source
 from fleetune.train.sources import DataError, Ints
 
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<!--.*?-->", re.DOTALL)
@@ -48,8 +49,8 @@ def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]
     """Runs the steps in order, in place; returns how many rows each touched, by split.
 
     Steps that change text run on every split; those that drop rows run on the training splits alone, so that
-    validation and test stay the sets that others report on. Those are `train`, and the targets' `target.NAME.train`,
-    whose rows have no label to be empty.
+    validation and test stay the sets that others report on. Those are `train` or the sources' `source.NAME.train`, and
+    the targets' `target.NAME.train`, whose rows have no label to be empty.
     """
     report: dict[str, dict[str, int]] = {}
     for step in steps:
@@ -66,7 +67,7 @@ def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]
             trained = [name for name in splits if name.endswith("train")]
             held_out = {texts for name, rows in splits.items() if name not in trained for texts in rows.texts}
             for name in trained:
-                kept = _kept(splits[name], step, held_out, is_labelled=name == "train")
+                kept = _kept(splits[name], step, held_out, is_labelled=is_source(name))
                 touched[name] = len(splits[name].texts) - len(kept)
                 splits[name] = splits[name].only(kept)
         report[step] = touched

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fleetune.data_section import Source
-from fleetune.schema import Recipe, RecipeError, sources_of, target_splits
+from fleetune.schema import Recipe, RecipeError, is_source, sources_of, target_splits
 from fleetune.train import language
 from fleetune.train.cache import cache_folder, cache_key, file_hash, locked
 from fleetune.train.cleaning import Rows, clean
+from fleetune.train.named_sources import Part, joined, place, spans, training_rows
 from fleetune.train.sources import DataError, Ints, Table, no_column, open_source, row_of, weights_of
 
 DROP_UNLABELLED = "; drop such rows with the cleaning step drop_empty"
@@ -37,7 +38,8 @@ PIECE = 1000  # rows that are tokenised at once: what the tokenizer holds of the
 def _read_rows(recipe: Recipe, source: Source, key: str) -> Rows:
     data = recipe.data
     text_columns = [column for column in (data.text_column, data.text_pair_column) if column is not None]
-    weight_column = data.weight_column if key == "train" else None  # weights are for training
+    is_trained = key.endswith("train") and is_source(key)
+    weight_column = data.weight_column if is_trained else None  # weights are for training
     label_column = None if key in target_splits(recipe) else data.label_column  # a target's are not even read
     others = [column for column in (label_column, weight_column) if column is not None]
     table = open_source(source, key, text_columns, others)
@@ -120,8 +122,9 @@ def _are_numbers(names: Iterable[str]) -> bool:
 
 def _labelled(recipe: Recipe, key: str, number: Any) -> str:
     """Where a label stands: the row's number in its source, also where that was cut in two."""
-    if key == "validation" and recipe.data.validation_fraction is not None:
-        row = f"{row_of(number, 'train')}, which data.validation_fraction puts into validation,"
+    if is_source(key) and key.endswith("validation") and recipe.data.validation_fraction is not None:
+        train = f"{key.removesuffix('validation')}train"
+        row = f"{row_of(number, train)}, which data.validation_fraction puts into validation,"
     else:
         row = row_of(number, key)
     return f"data.label_column = {recipe.data.label_column!r}: {row}"
@@ -134,7 +137,7 @@ def _to_numbers(rows: Rows, key: str, recipe: Recipe, names: list[str]) -> npt.N
     a name where the names are numbers (five stars, written "1" to "5"), and otherwise the class's number.
     """
     if None in rows.labels:
-        hint = DROP_UNLABELLED if key == "train" else ""
+        hint = DROP_UNLABELLED if key.endswith("train") else ""
         raise DataError(f"{_labelled(recipe, key, rows.index[rows.labels.index(None)])} has no label{hint}")
     if recipe.task == "regression":
         for i, label in enumerate(rows.labels):
@@ -190,6 +193,17 @@ class Prepared:
     label_names: list[str]
     report: dict[str, Any]
 
+    def domains(self, split: str) -> dict[str, slice]:
+        """Where the rows of each of data.source stand in the split; empty without."""
+        return spans(self._parts(split))
+
+    def place(self, number: int) -> tuple[str | None, int]:
+        """Of a training row, by its number in `index`: the name of its source, if it has one, and its row there."""
+        return place(self._parts("train"), number)
+
+    def _parts(self, split: str) -> list[Part]:
+        return [Part(**part) for part in self.report.get("parts", {}).get(split, [])]
+
 
 def prepare(recipe: Recipe, tokenizer: Any) -> Prepared:
     """Opens, cleans and tokenises what the recipe names, or takes it from the cache. Raises DataError."""
@@ -234,11 +248,15 @@ def _build(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
     read = language.read_rows if recipe.task == "causal_lm" else _read_rows
     splits = {name: read(recipe, source, name) for name, source in sources_of(recipe)}
     if data.validation_fraction is not None:
-        splits = _split_off(splits["train"], data.validation_fraction, recipe.training.seed) | {
-            name: rows for name, rows in splits.items() if name != "train"
-        }
+        for name in [name for name in splits if is_source(name) and name.endswith("train")]:
+            splits |= _split_off(name, splits[name], data.validation_fraction, recipe.training.seed)
     cleaning = clean(splits, list(data.cleaning))
-    names = _label_names(recipe, splits["train"]) if recipe.task == "classification" else []
+    names = _label_names(recipe, training_rows(recipe, splits)) if recipe.task == "classification" else []
+    labels: dict[str, npt.NDArray[Any]] = {}
+    if recipe.task != "causal_lm":
+        labelled = [name for name in splits if name not in target_splits(recipe)]
+        labels = {name: _to_numbers(splits[name], name, recipe, names) for name in labelled}
+    splits, labels, parts = joined(recipe, splits, labels)
     report: dict[str, Any] = {
         "rows": {},
         "label_names": names,
@@ -246,6 +264,7 @@ def _build(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
         "tokens": {},
         "truncated": {},
         "labels": {},
+        "parts": {role: [asdict(part) for part in of_role] for role, of_role in parts.items()},
     }
     for name, rows in splits.items():
         (folder / name).mkdir()
@@ -253,11 +272,10 @@ def _build(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
             for key, value in language.tokenise(recipe, tokenizer, name, rows, folder / name).items():
                 report.setdefault(key, {})[name] = value
             continue
-        if name not in target_splits(recipe):
-            labels = _to_numbers(rows, name, recipe, names)
-            np.save(folder / name / "labels.npy", labels)
+        if name in labels:
+            np.save(folder / name / "labels.npy", labels[name])
             if names:
-                report["labels"][name] = np.bincount(labels, minlength=len(names)).tolist()
+                report["labels"][name] = np.bincount(labels[name], minlength=len(names)).tolist()
         np.save(folder / name / "index.npy", rows.index)
         if rows.weights is not None:
             np.save(folder / name / "weights.npy", np.asarray(rows.weights, dtype=np.float32))
@@ -288,7 +306,7 @@ def _content(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def _split_off(train: Rows, fraction: float, seed: int) -> dict[str, Rows]:
+def _split_off(name: str, train: Rows, fraction: float, seed: int) -> dict[str, Rows]:
     count = round(len(train.texts) * fraction)
     if not 0 < count < len(train.texts):
         raise DataError(
@@ -298,8 +316,8 @@ def _split_off(train: Rows, fraction: float, seed: int) -> dict[str, Rows]:
     order = np.random.default_rng(np.random.SeedSequence([seed, 0x5A11D])).permutation(len(train.texts))
     chosen = set(order[:count].tolist())
     return {
-        "train": train.only([i for i in range(len(train.texts)) if i not in chosen]),
-        "validation": train.only(sorted(chosen)),
+        name: train.only([i for i in range(len(train.texts)) if i not in chosen]),
+        f"{name.removesuffix('train')}validation": train.only(sorted(chosen)),
     }
 
 

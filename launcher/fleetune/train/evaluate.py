@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,16 +27,28 @@ Forward = Callable[[dict[str, torch.Tensor], Callable[[Outputs], torch.Tensor]],
 
 
 def predict(forward: Forward, split: Split, batch_size: int, pad_token_id: int, world: World) -> Floats:
-    """Logits of every row of the split, in the split's order, on every rank.  -> (rows, C)
+    """Logits of every row of the split: see rows_of.  -> (rows, C)"""
+    return rows_of(forward, _logits, split, batch_size, pad_token_id, world)
+
+
+def rows_of(
+    forward: Forward,
+    compute: Callable[[MicroBatch, Outputs], torch.Tensor],  # -> (B, D)
+    split: Split,
+    batch_size: int,
+    pad_token_id: int,
+    world: World,
+) -> Floats:  # (rows, D)
+    """What `compute` makes of the outputs for every row of the split, in the split's order, on every rank.
 
     Raises:
         Stopped: on every rank, when one of them is asked to stop.
     """
     pieces: list[tuple[Any, npt.NDArray[np.float32]]] = []
     for rows, batch in _batches(split, batch_size, pad_token_id, world):
-        logits = forward(batch.inputs, _logits)
+        values = forward(batch.inputs, functools.partial(compute, batch))
         if len(rows):  # a filler batch only keeps the collectives in step
-            pieces.append((rows, logits.float().cpu().numpy()))
+            pieces.append((rows, values.float().cpu().numpy()))
     gathered = [piece for rank in gather_objects(pieces, world) for piece in rank]
     order = np.concatenate([rows for rows, _ in gathered])
     predicted = np.concatenate([values for _, values in gathered]).astype(np.float64)
@@ -56,7 +69,7 @@ def _batches(split: Split, batch_size: int, pad_token_id: int, world: World) -> 
     signals.beat("evaluation")
 
 
-def _logits(outputs: Outputs) -> torch.Tensor:
+def _logits(_: MicroBatch, outputs: Outputs) -> torch.Tensor:
     assert outputs.logits is not None
     return outputs.logits
 
@@ -102,8 +115,21 @@ def compute_metrics(recipe: Recipe, logits: Floats, labels: npt.NDArray[Any]) ->
     return {"loss": loss, **{name: float(compute[name]()) for name in metrics_of(recipe) if name != "loss"}}
 
 
-def evaluate(forward: Forward, split: Split, recipe: Recipe, pad_token_id: int, world: World) -> dict[str, float]:
+def evaluate(
+    forward: Forward,
+    split: Split,
+    recipe: Recipe,
+    pad_token_id: int,
+    world: World,
+    domains: Mapping[str, slice] = MappingProxyType({}),
+) -> dict[str, float]:
+    """The metrics of all rows, and those of each domain's as NAME/METRIC."""
     if recipe.task == "causal_lm":
         return perplexity(forward, split, recipe, pad_token_id, world)
     logits = predict(forward, split, recipe.evaluation.per_device_eval_batch_size, pad_token_id, world)
-    return compute_metrics(recipe, logits, np.asarray(split.labels))
+    labels = np.asarray(split.labels)
+    metrics = compute_metrics(recipe, logits, labels)
+    for name, rows in domains.items():
+        of_domain = compute_metrics(recipe, logits[rows], labels[rows])
+        metrics |= {f"{name}/{metric}": value for metric, value in of_domain.items()}
+    return metrics

@@ -34,6 +34,7 @@ def _in_trains_place(recipe: Recipe, data: str, split: str | None, names: list[s
         "train": source,
         "validation": None,
         "test": None,
+        "source": {},
         "target": {},
         "validation_fraction": None,
         "weight_column": None,
@@ -77,14 +78,15 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
         fuse_head(model)
     if data is None:
         unlabelled = {name for name in target_splits(recipe) if name.endswith(".train")}
-        splits = {name: rows for name, rows in prepare(recipe, tokenizer).splits.items() if name not in unlabelled}
+        prepared = prepare(recipe, tokenizer)
+        splits = {name: rows for name, rows in prepared.splits.items() if name not in unlabelled}
         held_out = [name for name in splits if name.rpartition(".")[2] in ("test", "validation")]
         name = split or min(held_out, key=lambda name: (name.count("."), name.endswith("validation")), default=None)
         if name is None:
             raise RecipeError(f"{folder}: its recipe has neither test nor validation data; give --data FILE")
         if name not in splits:
             raise RecipeError(f"--split {name}: the recipe has {', '.join(splits)}")
-        rows, where = splits[name], name
+        rows, where, of_domains = splits[name], name, prepared.domains(name)
     else:
         names = (
             [model.config.id2label[i] for i in range(model.config.num_labels)]
@@ -92,6 +94,7 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
             else None
         )
         rows, where = _other_rows(_in_trains_place(recipe, data, split, names), tokenizer), data
+        of_domains = {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     autocast = recipe.training.bf16 and recipe.deepspeed.zero_stage == 0  # as in training
@@ -101,7 +104,7 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
             return run(model, model, inputs, Asked(), compute)
 
     world, padding, wanted = World(0, 1, 0, device), padding_id(tokenizer) or 0, recipe.evaluation.exact_match
-    metrics = evaluate(forward, rows, recipe, padding, world)
+    metrics = evaluate(forward, rows, recipe, padding, world, of_domains)
     if wanted is not None:
         generate = generator(model, padding, tokenizer, device, partitioned=False)
         size = recipe.evaluation.per_device_eval_batch_size

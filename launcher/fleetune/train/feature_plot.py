@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+Sides = Mapping[str, torch.Tensor]  # by data set: (rows, D)
 
-def draw_features(file: Path, sides: dict[str, torch.Tensor], title: str) -> None:  # name: (rows, D)
+
+def draw_features(file: Path, panels: Mapping[str, Sides]) -> None:
+    """A panel for each title, with components of its own."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(name for sides in panels.values() for name in sides))
+    palette = plt.get_cmap("tab10").colors
+    colours = {name: palette[i % len(palette)] for i, name in enumerate(names)}
+    figure, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 5), layout="constrained", squeeze=False)
+    for axis, (title, sides) in zip(axes[0], panels.items(), strict=True):
+        _draw_panel(axis, sides, colours)
+        axis.set_title(title)
+    rows = {name: len(side) for sides in panels.values() for name, side in sides.items()}
+    handles = [
+        plt.Line2D([], [], marker="o", linestyle="", color=colours[name], label=f"{name} ({rows[name]})")
+        for name in names
+    ]
+    figure.legend(handles=handles, loc="outside lower center", fontsize=8)
+    figure.savefig(file, dpi=150, format="png")
+    plt.close(figure)
+
+
+def _draw_panel(axis: Any, sides: Sides, colours: Mapping[str, Any]) -> None:
     from sklearn.decomposition import PCA
 
     pooled = torch.cat(list(sides.values())).numpy()
@@ -20,16 +44,6 @@ def draw_features(file: Path, sides: dict[str, torch.Tensor], title: str) -> Non
     points = pca.transform(pooled)  # (N, 2)
     names = np.repeat(list(sides), [len(side) for side in sides.values()])
     order = np.random.default_rng(0).permutation(len(points))  # so that no side lies on top
-    colours = dict(zip(sides, plt.get_cmap("tab10").colors, strict=False))
-    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
     axis.scatter(*points[order].T, s=6, alpha=0.5, linewidths=0, c=[colours[name] for name in names[order]])
     for axis_of, share in zip(("x", "y"), pca.explained_variance_ratio_, strict=True):
         axis.set(**{f"{axis_of}label": f"{share:.0%} of the variance", f"{axis_of}ticks": []})
-    handles = [
-        plt.Line2D([], [], marker="o", linestyle="", color=colours[name], label=f"{name} ({len(side)})")
-        for name, side in sides.items()
-    ]
-    figure.legend(handles=handles, loc="outside lower center", fontsize=8)
-    axis.set_title(title)
-    figure.savefig(file, dpi=150, format="png")
-    plt.close(figure)

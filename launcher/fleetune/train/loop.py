@@ -22,6 +22,7 @@ from fleetune.train import (
     cadence,
     checkpoint,
     distributed,
+    domain_shift,
     engine,
     manifest,
     model_folder,
@@ -66,6 +67,8 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
     note = start_notes(run, recipe, total, progress, logs, restoring) if world.is_main else Notes()
     meter, step_times = Meter(progress, setup.parameters, world), deque[float](maxlen=100)
     epoch, composed = Epoch([], None, None), -1
+    if progress.step == 0:
+        _store_beginning(setup)
 
     while True:
         # The step's boundary: all ranks agree whether to stop, and whether a save in the background is written.
@@ -120,7 +123,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
             grad_norm = engine.gradient_norm(setup.engine)
             if not math.isfinite(grad_norm) and not recipe.training.fp16:
                 raise NonFiniteLoss(
-                    f"step {progress.step + 1}: the gradient's norm is {grad_norm}; {_rows(window, world)}"
+                    f"step {progress.step + 1}: the gradient's norm is {grad_norm}; {_rows(setup, window)}"
                 )
         except NonFiniteLoss:
             with contextlib.suppress(checkpoint.SaveFailed):  # the last checkpoint may still be on its way to the disk
@@ -154,7 +157,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
         if saver.saved_step < progress.step:
             saver.start(progress.step, asdict(progress), progress.best_step, note.unwritten())
             note.saved(saver.finish(must=True), progress.step)
-    finished = not stop and _finish(setup, progress)
+    finished = not stop and _finish(setup, progress, note)
     note.end(progress.step, finished)
     return finished
 
@@ -222,7 +225,7 @@ def forward_backward(
     losses = dict(zip((term.name for term in terms), distributed.sum_over_ranks(sums).tolist(), strict=True))
     for name, value in losses.items():
         if not math.isfinite(value):
-            raise NonFiniteLoss(f"step {step}: {name} is {value}; {_rows(window, world)}")
+            raise NonFiniteLoss(f"step {step}: {name} is {value}; {_rows(setup, window)}")
     examples, tokens = counts[len(terms) :].tolist()
     return losses, int(examples), int(tokens)
 
@@ -251,7 +254,15 @@ def _weighted(
     return torch.stack(values)
 
 
-def _finish(setup: Setup, progress: Progress) -> bool:
+def _store_beginning(setup: Setup) -> None:
+    """What the pretrained weights make of source and target, for the report on what training made of it."""
+    with contextlib.suppress(signals.Stopped):  # the loop stops before its first step, and the next attempt begins anew
+        features = domain_shift.measure(setup)
+        if setup.world.is_main:
+            domain_shift.store(setup.run, "before", features)
+
+
+def _finish(setup: Setup, progress: Progress, note: Notes) -> bool:
     """The best weights, the report on test, the model folder, eval.json; False where it was asked to stop."""
     run, world = setup.run, setup.world
     signals.beat("finish")
@@ -265,6 +276,7 @@ def _finish(setup: Setup, progress: Progress) -> bool:
                 say(f"checkpoint {best.name}, the best one, is damaged or gone; the model is that of the last step")
     try:
         test = setup.evaluate_domains("test")
+        features = domain_shift.measure(setup)
     except signals.Stopped:
         return False
     signals.beat("finish")
@@ -289,17 +301,20 @@ def _finish(setup: Setup, progress: Progress) -> bool:
             split: {name: value if math.isfinite(value) else None for name, value in values.items()}
             for split, values in metrics.items()
         }
-        runs.write_json(run.eval, report | defined)  # JSON knows no NaN
+        shift = domain_shift.report(run, setup.recipe, features)
+        note.shifted(progress.step, shift)
+        runs.write_json(run.eval, report | defined | ({"shift": shift} if shift else {}))  # JSON knows no NaN
         say("done  " + "  ".join(f"{split}: {figures(values)}" for split, values in metrics.items() if values))
     distributed.barrier()
     return True
 
 
-def _rows(window: list[MicroBatch], world: World) -> str:
-    """The global batch's rows by their numbers in the training data; a collective."""
+def _rows(setup: Setup, window: list[MicroBatch]) -> str:
+    """The global batch's rows by their numbers in the training data, of named sources with the name; a collective."""
     mine = [int(row) for micro in window if micro.examples for row in micro.rows]
-    rows = sorted({row for rank in distributed.gather_objects(mine, world) for row in rank})
-    return "training rows " + ", ".join(map(str, rows[:64])) + (f" and {len(rows) - 64} more" if len(rows) > 64 else "")
+    rows = sorted({row for rank in distributed.gather_objects(mine, setup.world) for row in rank})
+    places = [" ".join(str(part) for part in setup.data.place(row) if part is not None) for row in rows[:64]]
+    return "training rows " + ", ".join(places) + (f" and {len(rows) - 64} more" if len(rows) > 64 else "")
 
 
 def _saves(setup: Setup, saver: checkpoint.Saver, progress: Progress, ends_epoch: bool) -> bool:

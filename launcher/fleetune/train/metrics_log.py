@@ -13,6 +13,8 @@ from typing import Any
 from fleetune import runs
 
 GENERATED = "eval/generated"  # [[prompt, what the model said], ...]
+SHIFT = "eval/shift"  # source and target in the model's features, as a picture
+SHIFT_PICTURE = "shift/shift.png"  # its path in the run's folder
 
 
 class MetricsLog:

@@ -81,10 +81,12 @@ def card(recipe: Recipe, data: Prepared, report: dict[str, Any]) -> str:
             lines.append(f"| {split} | " + " | ".join(values) + " |")
     lines += ["", "## Data", "", "| split | source | rows | tokens |", "|---|---|---|---|"]
     for split, rows in data.report["rows"].items():
-        source = dict(sources_of(recipe)).get(split)
-        where = (
-            "split off train" if source is None else " ".join(filter(None, (source.path, source.name, source.split)))
-        )
+        found = [
+            " ".join(filter(None, (source.path, source.name, source.split)))
+            for name, source in sources_of(recipe)
+            if name == split or (name.startswith("source.") and name.endswith(f".{split}"))
+        ]
+        where = ", ".join(found) or "split off train"
         lines.append(f"| {split} | `{where}` | {rows} | {data.report['tokens'][split]} |")
     for step, touched in data.report["cleaning"].items():
         lines.append(

@@ -13,7 +13,7 @@ from fleetune import runs
 from fleetune.schema import Recipe
 from fleetune.train import tracking
 from fleetune.train.checkpoint import Saved
-from fleetune.train.metrics_log import GENERATED, MetricsLog
+from fleetune.train.metrics_log import GENERATED, SHIFT, SHIFT_PICTURE, MetricsLog
 from fleetune.train.progress import Progress
 from fleetune.train.speed import figures, step_line
 
@@ -73,6 +73,15 @@ class Notes:
         self.books.log.write(step, {GENERATED: texts})
         for prompt, text in texts:
             say(f"said  {step}/{self.books.total_steps}  {prompt!r} -> {text!r}")
+
+    def shifted(self, step: int, shift: dict[str, Any]) -> None:
+        """How far each target is from the source, before training and after it."""
+        if self.books is None or not shift:
+            return
+        self.books.log.write(step, {SHIFT: SHIFT_PICTURE})
+        for name, moments in shift.items():
+            found = (f"{when} {of['mmd']:.4g} (p {of['p_value']:.3g})" for when, of in moments.items())
+            say(f"shift  MMD² between source and {name}: {', '.join(found)}")
 
     def unwritten(self) -> str | None:
         """Why what was logged is not on disk, if it is not: no checkpoint may be ahead of metrics.jsonl."""

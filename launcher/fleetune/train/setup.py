@@ -71,25 +71,27 @@ class Setup:
         inputs: dict[str, Any],
         compute: Callable[[Outputs], T],
         *,
-        evaluate: bool = False,
+        asked: Asked | None = None,
         dropout: bool | None = None,
     ) -> T:
-        """What `compute` makes of the engine's forward pass: with dropout where gradients are wanted, or as it says."""
+        """What `compute` makes of the engine's forward pass: with dropout where gradients are wanted, or as it says.
+
+        The outputs have what training asks for beside the logits, or what is `asked`.
+        """
         dropout = torch.is_grad_enabled() if dropout is None else dropout
         if self.engine.module.training != dropout:
             self.engine.module.train(dropout)
-        asked = Asked() if evaluate else self.asked
         with self._precision():
-            return run(self.engine, self.engine.module, inputs, asked, compute)
+            return run(self.engine, self.engine.module, inputs, asked or self.asked, compute)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         is_mixed = self.recipe.training.bf16 and not engine.keeps_bf16_weights(self.recipe)
         return torch.autocast(self.world.device.type, torch.bfloat16) if is_mixed else contextlib.nullcontext()
 
     def evaluate(self, split: str) -> dict[str, float]:
-        forward = functools.partial(self.forward, evaluate=True)
+        forward = functools.partial(self.forward, asked=Asked())
         rows, recipe, evaluation = self.data.splits[split], self.recipe, self.recipe.evaluation
-        metrics = evaluate(forward, rows, recipe, self.padding_id, self.world)
+        metrics = evaluate(forward, rows, recipe, self.padding_id, self.world, self.data.domains(split))
         if evaluation.exact_match is not None:
             size = evaluation.per_device_eval_batch_size
             metrics["exact_match"] = exact_match(
@@ -98,7 +100,7 @@ class Setup:
         return metrics
 
     def evaluate_domains(self, split: str) -> dict[str, float]:
-        """The split's metrics, and those of each target's split of that name, as NAME/METRIC."""
+        """The split's metrics, and as NAME/METRIC those of each named source and target that has such a split."""
         metrics = self.evaluate(split) if split in self.data.splits else {}
         for name in self.recipe.data.target:
             if (target := f"target.{name}.{split}") in self.data.splits:

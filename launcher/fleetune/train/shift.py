@@ -178,7 +178,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         from fleetune.train.feature_plot import draw_features
 
         title = f"MMD² {found.mmd:.4g}, p {found.p_value:.4g}"
-        draw_features(arguments.plot, {a.path: features_a.cpu(), b.path: features_b.cpu()}, title)
+        draw_features(arguments.plot, {title: {a.path: features_a.cpu(), b.path: features_b.cpu()}})
     in_b = set(b.texts)
     n = len(a.texts)
     return {

@@ -1,6 +1,6 @@
 """What the recipe's `reweight` comes to: a weight for every row of train, fitted once and kept by row.
 
-RUN/source_weights.jsonl   {"row": its number in its source, "weight": ...} a line
+RUN/source_weights.jsonl   {"row": its number in its source, "weight": ...} a line, and with data.source the "source"
 RUN/source_weights.png     how they are spread
 """
 
@@ -112,7 +112,7 @@ def weighted(recipe: Recipe, data: Prepared, run: runs.Run, world: World) -> Pre
     if world.is_main:
         stored = run.path / "source_weights.jsonl"
         lines = runs.read_jsonl(stored) if stored.exists() else []
-        if [line["row"] for line in lines] == data.splits["train"].index.tolist():
+        if [(line.get("source"), line["row"]) for line in lines] == list(map(data.place, data.splits["train"].index)):
             values = np.array([line["weight"] for line in lines])
         else:  # none yet, or of data that have changed before the first checkpoint
             stored.unlink(missing_ok=True)
@@ -128,10 +128,10 @@ def write(recipe: Recipe, data: Prepared, run: runs.Run) -> None:
     if stored.exists():
         return
     assert train.weights is not None
-    lines = [
-        json.dumps({"row": int(row), "weight": float(weight)})
-        for row, weight in zip(train.index, train.weights, strict=True)
-    ]
+    lines = []
+    for number, weight in zip(train.index, train.weights, strict=True):
+        source, row = data.place(int(number))
+        lines.append(json.dumps(({"source": source} if source else {}) | {"row": row, "weight": float(weight)}))
     draw_histogram(run.path / "source_weights.png", np.asarray(train.weights, dtype=np.float64), recipe)
     beside = stored.with_suffix(".part")
     beside.write_text("\n".join(lines) + "\n", encoding="utf-8")

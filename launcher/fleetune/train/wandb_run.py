@@ -28,7 +28,7 @@ import psutil
 import yaml
 
 from fleetune import runs
-from fleetune.train.metrics_log import GENERATED
+from fleetune.train.metrics_log import GENERATED, SHIFT, SHIFT_PICTURE
 
 FLUSH_SECONDS = 1.0  # wandb writes its log this often; it loses what is younger when it is killed
 
@@ -59,8 +59,17 @@ class WandbRun:
             import wandb
 
             shown[GENERATED] = wandb.Table(columns=["prompt", "said"], data=values[GENERATED])
+        if SHIFT in values:
+            shown |= self._picture()
         self.of_wandb.log(shown, step=step, commit=True)
         self.last = step
+
+    def _picture(self) -> dict[str, Any]:
+        """Where a person has not removed it."""
+        import wandb
+
+        path = self.run / SHIFT_PICTURE
+        return {SHIFT: wandb.Image(str(path))} if path.exists() else {}
 
     def finish(self, exit_code: int) -> bool:
         """Sends what is left, with the report where there is one; whether the server, or the log, has taken it all.
@@ -68,7 +77,9 @@ class WandbRun:
         Raises whatever wandb raises.
         """
         with contextlib.suppress(FileNotFoundError, ValueError):
-            self.of_wandb.summary.update(_flat(runs.read_json(self.run / "eval.json"), "eval"))
+            report = runs.read_json(self.run / "eval.json")
+            # A killed attempt's feeder may have given the last step before its picture was drawn.
+            self.of_wandb.summary.update(_flat(report, "eval") | (self._picture() if "shift" in report else {}))
         try:
             self.of_wandb.finish(exit_code=exit_code)
         except TimeoutError:

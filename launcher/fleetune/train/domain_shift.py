@@ -1,0 +1,134 @@
+"""How far each target is from the source in the model's own features, before the first step and after the last.
+
+RUN/shift/before.safetensors, after.safetensors   by split, (rows, D): the mean over each text's tokens of what the last
+                                                  layer gives, as `fleetune shift` has it
+RUN/shift/shift.png                               both, in the plane of their first two principal components
+
+MMD² is unbiased, over a sample of the rows of each side, with a permutation test's p-value. Its kernel's bandwidth is
+that of the features it compares, so that features which only shrink are no nearer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from fleetune import runs
+from fleetune.schema import Recipe, target_splits
+from fleetune.train.alignment import Asked, Outputs
+from fleetune.train.batches import MicroBatch
+from fleetune.train.data import Prepared, Split
+from fleetune.train.evaluate import rows_of
+from fleetune.train.feature_plot import draw_features
+from fleetune.train.metrics_log import SHIFT_PICTURE
+from fleetune.train.setup import Setup
+from fleetune.train.shift import two_sample
+from fleetune.train.sources import Ints
+
+Features = dict[str, torch.Tensor]  # by split: (rows, D) in fp32, on the CPU
+
+SAMPLED = 0x5417F7  # sets the draw apart from others of the same seed
+PERMUTATIONS = 1000
+
+
+def samples(recipe: Recipe, data: Prepared) -> dict[str, Split]:
+    """So many rows of the source and of each target as the recipe wants; none where there is nothing to compare."""
+    found = {name: data.splits[name] for name in ("train", *target_splits(recipe)) if len(data.splits[name]) > 1}
+    if "train" not in found or len(found) < 2 or recipe.evaluation.shift_rows is None:
+        return {}
+    return {name: _sample(split, recipe.evaluation.shift_rows, recipe.training.seed) for name, split in found.items()}
+
+
+def _sample(split: Split, count: int, seed: int) -> Split:
+    random = np.random.default_rng(np.random.SeedSequence([seed, SAMPLED]))
+    return only(split, np.sort(random.permutation(len(split))[:count]))
+
+
+def only(split: Split, rows: Ints) -> Split:
+    """These rows, without what only training needs."""
+    spans = [slice(split.offsets[row], split.offsets[row + 1]) for row in rows]
+    types = split.token_type_ids
+    return Split(
+        np.concatenate([split.input_ids[span] for span in spans]),
+        np.concatenate([[0], np.cumsum(split.lengths[rows])]),
+        None if types is None else np.concatenate([types[span] for span in spans]),
+        None,
+        None,
+        split.index[rows],
+        None,
+    )
+
+
+def measure(setup: Setup) -> Features:
+    """Of the weights as they are, on every rank; a collective.
+
+    None where the recipe has no target, or the model has an encoder and a decoder and so no one last layer. The batches
+    are those of training: the states of all layers are held at once.
+
+    Raises Stopped on every rank, when one of them is asked to stop.
+    """
+    if getattr(setup.engine.module.config, "is_encoder_decoder", False):
+        return {}
+
+    def forward(inputs: dict[str, Any], compute: Callable[[Outputs], torch.Tensor]) -> torch.Tensor:
+        return setup.forward(inputs, compute, asked=Asked(hidden_states=True))
+
+    size = setup.batch.micro_batch_size
+    return {
+        name: torch.from_numpy(rows_of(forward, _mean_state, split, size, setup.padding_id, setup.world)).float()
+        for name, split in samples(setup.recipe, setup.data).items()
+    }
+
+
+def _mean_state(batch: MicroBatch, outputs: Outputs) -> torch.Tensor:  # (B, D)
+    mask = batch.inputs["attention_mask"][:, :, None].float()
+    states: torch.Tensor = outputs.hidden_states[-1].float() * mask
+    return states.sum(1) / mask.sum(1)
+
+
+# ---------------------------------------------------------------- of a run, by the main rank
+
+
+def store(run: runs.Run, when: str, features: Features) -> None:
+    """By rename, so that half a file is never read."""
+    if features:
+        (run.path / "shift").mkdir(exist_ok=True)
+        beside = run.path / "shift" / f".{when}.{os.getpid()}"
+        save_file(features, beside)
+        beside.replace(run.path / "shift" / f"{when}.safetensors")
+
+
+def report(run: runs.Run, recipe: Recipe, after: Features) -> dict[str, Any]:
+    """By target: {before: {mmd, p_value, rows: [source, target]}, after: ...}; stores the features, and draws them.
+
+    A run that has lost what it had of its beginning tells its end alone.
+    """
+    if not after:
+        return {}
+    store(run, "after", after)
+    before = run.path / "shift" / "before.safetensors"
+    moments = ({"before": load_file(before)} if before.exists() else {}) | {"after": after}
+    found: dict[str, Any] = {}
+    for when, features in moments.items():
+        for split in sorted(features.keys() - {"train"}):
+            test = two_sample(features["train"], features[split], PERMUTATIONS, recipe.training.seed)
+            rows = [len(features["train"]), len(features[split])]
+            moment = {"mmd": test.mmd, "p_value": test.p_value, "rows": rows}
+            found.setdefault(shown(split), {})[when] = moment
+    panels = {}
+    for when, features in moments.items():
+        apart = ", ".join(f"{of_target[when]['mmd']:.3g}" for of_target in found.values())
+        sides = sorted(features, key=lambda split: (split != "train", split))
+        panels[f"{when} training: MMD² {apart}"] = {shown(split): features[split] for split in sides}
+    draw_features(run.path / SHIFT_PICTURE, panels)
+    return found
+
+
+def shown(split: str) -> str:
+    """As the recipe names it; data.train has no name."""
+    return "source" if split == "train" else split.split(".")[1]
