@@ -37,6 +37,9 @@ RULES = (
     ),
     Rule(f"{FLEETUNE}/**/*.py", ("wandb",), (f"{FLEETUNE}/train/wandb_run.py",)),
     Rule(f"{FLEETUNE}/**/*.py", ("submitit",), (f"{FLEETUNE}/cluster/submit.py",)),
+    # What is only there where its extra was installed.
+    Rule(f"{FLEETUNE}/**/*.py", ("bitsandbytes",), (f"{FLEETUNE}/train/quantization.py",)),
+    Rule(f"{FLEETUNE}/**/*.py", ("lm_eval",), (f"{FLEETUNE}/train/lm_evaluation.py",)),
     # The losses, the heads that are fused with theirs, and the test of two samples by one of them.
     Rule(
         f"{FLEETUNE}/**/*.py",

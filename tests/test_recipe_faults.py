@@ -389,6 +389,13 @@ def combinations() -> Iterator[Fault]:
                 *(("insert_layers", [{"at": 0}]), ("resize_embeddings", 40000)),
             )
         ),
+        *(
+            (key, {"model.lora": {"quantization": "nf4"}, "model.insert_layers": [], "losses": [], key: value}, message)
+            for key, value, message in (
+                ("deepspeed.zero_stage", 3, "cannot cut the 4-bit weights of model.lora.quantization; 0, 1 or 2"),
+                ("training.fp16", True, "does not go with model.lora.quantization; use bf16, or fp32"),
+            )
+        ),
         ("data.augmentation", {"data.text_pair_column": "other"}, "is for one text, not for a pair"),
         ("data.label_column", {"data.label_column": "text"}, "the columns should differ"),
         ("data.label_column", {"data.weight_column": "label"}, "the columns should differ"),

@@ -52,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # ranks, and what differs from 4 rows o
     "ZeRO-2": {"ranks": 2, "deepspeed": {"zero_stage": 2}},
     "ZeRO-3": {"ranks": 2, "deepspeed": {"zero_stage": 3}},
     "LoRA, ZeRO-3": {"ranks": 2, "deepspeed": {"zero_stage": 3}, "model": {"lora": {"r": 8}}},
+    "QLoRA, ZeRO-2": {"ranks": 2, "deepspeed": {"zero_stage": 2}, "model": {"lora": {"r": 8, "quantization": "nf4"}}},
     "distillation": {"teacher": True},
     "encoder, ZeRO-2": {"ranks": 2, "deepspeed": {"zero_stage": 2}, "encoder": True},
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fleetune import cluster_commands, export_command, shift_command
+from fleetune import cluster_commands, eval_command, export_command, shift_command
 from fleetune.terminal import Nodes, Nproc, Overrides, RecipeFile, answer_of, fail, load, print_table
 
 if TYPE_CHECKING:
@@ -256,29 +256,7 @@ def teach(
     typer.echo(f"train with it: {key}.model_name_or_path=null {shlex.quote(f'{key}.cache={folder}')}")
 
 
-@app.command("eval")
-def evaluate(
-    run_or_model: Annotated[
-        Path, typer.Argument(help="A run's folder, or a model folder that Fleetune wrote.", show_default=False)
-    ],
-    data: Annotated[str | None, typer.Option(help="Other data: a file, or a hub data set.", show_default=False)] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            help="The recipe's split (test, or validation, when absent); with --data, the hub data set's.",
-            show_default=False,
-        ),
-    ] = None,
-) -> None:
-    """Evaluate a trained model on test or other data."""
-    from fleetune.report import metrics
-
-    arguments = [str(run_or_model)]
-    arguments += ["--data", data] if data is not None else []
-    arguments += ["--split", split] if split is not None else []
-    print_table(metrics(answer_of("evaluate_folder", arguments)), 120)
-
-
+app.command("eval")(eval_command.evaluate)
 app.command()(export_command.export)
 
 

@@ -290,12 +290,18 @@ def _surgery_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
 
 
 def _lora_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
-    """What changes the weights that an adapter is put on again when it is loaded."""
+    """What changes the weights that an adapter is put on again when it is loaded, or cannot hold them in 4 bits."""
     model, plain = recipe.model, Model(model_name_or_path="")
     for key in ("from_scratch", "keep_layers", "drop_layers", "insert_layers", "resize_embeddings", "reset"):
         if model.lora is not None and getattr(model, key) != getattr(plain, key):
             value = model.model_dump(mode="json", include={key})[key]
             yield f"model.{key}", value, "changes the model that model.lora's adapter stands on; leave one of them out"
+    if model.lora is not None and model.lora.quantization is not None:
+        if recipe.deepspeed.zero_stage == 3:
+            message = "cannot cut the 4-bit weights of model.lora.quantization; 0, 1 or 2: each rank has them whole"
+            yield "deepspeed.zero_stage", 3, message
+        if recipe.training.fp16:
+            yield "training.fp16", True, "does not go with model.lora.quantization; use bf16, or fp32"
 
 
 def _training_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:

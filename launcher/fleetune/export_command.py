@@ -30,3 +30,8 @@ def export(
     typer.echo(f"{found['folder']}: {what}, {found['bytes'] / 1e6:.1f} MB")
     if "difference" in found:
         typer.echo(f"loaded again, its logits differ by {found['difference']:.1e} of the largest")
+    if "from_quantized" in found:
+        typer.echo(
+            "the adapter was trained over 4-bit weights and is merged into whole ones: "
+            f"from the trained model's, the logits differ by {found['from_quantized']:.1e} of the largest"
+        )

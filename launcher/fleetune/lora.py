@@ -1,4 +1,4 @@
-"""The recipe's `model.lora`, by the names that peft gives its keys. Nothing here imports torch."""
+"""The recipe's `model.lora`, its keys named as in peft, but for `quantization`. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -33,5 +33,7 @@ class Lora(Section):
     """The modules beside which they stand, by the end of their names; all linear ones but the head, when absent."""
     modules_to_save: list[str] = []
     """Modules that are trained whole and saved with the adapter; a classifier's head always is."""
+    quantization: Literal["nf4", "fp4"] | None = None
+    """QLoRA: holds the frozen weights in 4 bits, by bitsandbytes; nf4 is made for weights that are spread normally."""
     use_rslora: bool = False
     """Divides lora_alpha by the root of r, so that a high rank learns as fast as a low one (arXiv 2312.03732)."""

@@ -215,10 +215,8 @@ def run_recipe(
     if runs.is_finished(run, steps):
         return Outcome(run, runs.DONE, "finished before", was_finished=True)
     with runs.lease(run) as lease, tempfile.TemporaryDirectory(prefix="fleetune-beats-") as beats:
-        nodes = [
-            f"{socket.gethostname()}/{node}" if layout.nodes > 1 else socket.gethostname()
-            for node in range(layout.nodes)
-        ]
+        host = socket.gethostname()
+        nodes = [f"{host}/{node}" if layout.nodes > 1 else host for node in range(layout.nodes)]
         size = cut_batch(recipe.training, layout.world_size).global_batch_size
         precision = {"fp32_for_bf16": True} if report.get("fp32_for_bf16") else {}
         known = {"total_steps": steps, "global_batch_size": size, **precision}

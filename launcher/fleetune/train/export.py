@@ -15,6 +15,7 @@ from torch import nn
 from fleetune.recipe import dump_recipe
 from fleetune.schema import Recipe, RecipeError
 from fleetune.train.lora import is_adapter, merge
+from fleetune.train.quantization import is_quantized, unquantized
 from fleetune.train.report import print_report
 from fleetune.train.trained import load_trained, recipe_and_model
 
@@ -26,7 +27,8 @@ CLOSE = {torch.float32: 1e-4}  # relative to the largest logit; of half precisio
 def export(folder: Path, out: Path, merged: bool, dtype: str | None) -> dict[str, Any]:
     """Writes OUT beside and renames it into place: the model's folder, its adapter merged, in another dtype.
 
-    What was written is loaded again as Transformers does, and must say what the trained model says.
+    What was written is loaded again as Transformers does, and must say what the trained model says; one that was
+    trained over 4-bit weights, what its adapter says over whole ones.
 
     Raises:
         RecipeError: there is no model, or not one of this kind; OUT stands in the way.
@@ -69,9 +71,11 @@ def _open_to_others(folder: Path) -> None:
 
 def _write(recipe: Recipe, path: Path, beside: Path, dtype: str | None) -> dict[str, Any]:
     trust, wanted = recipe.model.trust_remote_code, None if dtype is None else DTYPES[dtype]
-    # Merged, and compared, in the better of both.
-    model = load_trained(recipe, path, wanted if wanted == torch.float32 else None, trust=trust)
+    # Merged, and compared, in the better of both; with QLoRA into the weights that the 4-bit ones were made of.
+    better = wanted if wanted == torch.float32 else None
+    model = load_trained(unquantized(recipe), path, better, trust=trust)
     truth = _logits(model)
+    trained = _logits(load_trained(recipe, path, better, trust=trust)) if is_quantized(recipe) else None
     whole = recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": None})})
     (merge(model) if is_adapter(path) else model).to(wanted or model.dtype).save_pretrained(beside)
     (beside / "recipe.yaml").write_text(dump_recipe(whole), encoding="utf-8")
@@ -82,21 +86,29 @@ def _write(recipe: Recipe, path: Path, beside: Path, dtype: str | None) -> dict[
         (beside / "README.md").write_text(card, encoding="utf-8")
     del model
     written = load_trained(whole, beside, trust=trust)
-    difference = float((_logits(written) - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
+    difference = _difference(_logits(written), truth)
     if not difference <= CLOSE.get(written.dtype, 0.05):
         raise RuntimeError(f"the exported model's logits are off by {difference:.1e} of the largest; nothing is kept")
+    found = {} if trained is None else {"from_quantized": _difference(truth, trained)}
     return {
+        **found,
         "dtype": str(written.dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in written.parameters()),
         "difference": difference,
     }
 
 
+def _difference(logits: torch.Tensor, truth: torch.Tensor) -> float:
+    """The largest, relative to the largest logit."""
+    return float((logits - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
+
+
 @torch.no_grad()
 def _logits(model: nn.Module) -> torch.Tensor:
-    ids = torch.arange(PROBE)[None] % int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    ids = torch.arange(PROBE, device=next(model.parameters()).device)[None]
+    ids = ids % int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    return logits.float()
+    return logits.float().cpu()
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ from fleetune.train import distributed, engine
 from fleetune.train.distributed import World
 from fleetune.train.loop import forward_backward
 from fleetune.train.progress import Progress
+from fleetune.train.quantization import is_quantized
 from fleetune.train.rank import run_rank
 from fleetune.train.setup import Epoch, compose, read_window, set_up
 from fleetune.train.sources import Ints
@@ -72,6 +73,8 @@ def _refuse_precision(run: runs.Run, float64: bool) -> None:
         raise RecipeError("training.fp16 = True: the loss scale would stand in the gradient; use bf16 or fp32")
     if float64 and recipe.training.bf16:
         raise RecipeError("--float64: the recipe has training.bf16")
+    if float64 and is_quantized(recipe):
+        raise RecipeError("--float64: the recipe's weights are in 4 bits (model.lora.quantization)")
     if float64 and recipe.deepspeed.zero_stage:
         raise RecipeError(
             f"--float64: deepspeed.zero_stage = {recipe.deepspeed.zero_stage} adds gradients up in fp32; use 0"

@@ -25,6 +25,7 @@ from fleetune.train.batches import collate
 from fleetune.train.data import DataError, Split, prepare
 from fleetune.train.lora import has_adapter, merge
 from fleetune.train.model import padding_id
+from fleetune.train.quantization import unquantized
 from fleetune.train.report import print_report
 from fleetune.train.trained import load_trained, recipe_and_model
 
@@ -56,7 +57,7 @@ def load(folder: Path) -> Subject:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise RecipeError(f"{folder}: cannot be loaded: {error}") from error
-    model = load_trained(recipe, path, torch.float32)
+    model = load_trained(unquantized(recipe), path, torch.float32)
     if has_adapter(model):
         model = merge(model)  # as it would be deployed
     found = _rows(recipe, tokenizer)

@@ -6,6 +6,7 @@ The layers stand inside the model itself, so engine, heads and losses see the cl
 
 from __future__ import annotations
 
+import copy
 import difflib
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,14 @@ def add_lora(model: Any, recipe: Recipe, wanted: Lora, base: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     _check_names(model, recipe, wanted)
-    dtype, device = next(model.parameters()).dtype, next(model.parameters()).device
+    dtype, device = model.dtype, next(model.parameters()).device
     config = LoraConfig(
         task_type="CAUSAL_LM" if recipe.task == "causal_lm" else "SEQ_CLS",
         r=wanted.r,
         lora_alpha=wanted.lora_alpha,
         lora_dropout=wanted.lora_dropout,
         target_modules=wanted.target_modules,
-        modules_to_save=sorted({*wanted.modules_to_save, *_head_names(model, recipe)}) or None,
+        modules_to_save=saved_whole(model, recipe) or None,
         use_rslora=wanted.use_rslora,
         revision=recipe.model.revision,
     )
@@ -50,6 +51,12 @@ def add_lora(model: Any, recipe: Recipe, wanted: Lora, base: str) -> None:
     for parameter in model.parameters():  # peft makes fp32 of half precisions, and the engine has one for all
         if parameter.requires_grad and not zero.is_partitioned(parameter) and device.type != "meta":
             parameter.data = parameter.data.to(dtype)
+
+
+def saved_whole(model: Any, recipe: Recipe) -> list[str]:
+    """The modules that are trained whole beside the adapter, by the ends of their names."""
+    wanted = recipe.model.lora.modules_to_save if recipe.model.lora is not None else []
+    return sorted({*wanted, *_head_names(model, recipe)})
 
 
 def _head_names(model: Any, recipe: Recipe) -> list[str]:
@@ -115,8 +122,10 @@ def save_adapter(model: Any, state: dict[str, torch.Tensor], folder: Path) -> No
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     model.peft_config[ADAPTER_NAME].save_pretrained(folder)
-    model.config.dtype = model.dtype
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype
+    config.__dict__.pop("quantization_config", None)  # how it was trained stands in the recipe
+    config.save_pretrained(folder)
 
 
 def is_adapter(folder: Path) -> bool:

@@ -23,6 +23,7 @@ from fleetune.batch import cut_batch
 from fleetune.losses import OF_DOMAINS
 from fleetune.recipe import parse_recipe
 from fleetune.schema import Recipe, target_splits, teachers_of
+from fleetune.train.quantization import is_quantized, quantized_bytes, quantized_weights
 from fleetune.train.report import print_report
 
 CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 2**29}  # of logits that a fused head holds at once (fleetune_kernels.head)
@@ -44,6 +45,7 @@ class Model:
     head: int  # rows times width of a language model's head; 0 where there is none
     vocabulary: int
     teachers: tuple[int, ...]  # parameters of each that runs beside it
+    quantized: tuple[int, ...] = ()  # of the parameters, those in 4 bits: how many each matrix has
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def estimate(recipe: Recipe, model: Model, ranks: int, device: str) -> Estimate:
     batch, width = cut_batch(recipe.training, ranks), weight_bytes(recipe)
     share = ranks if stage else 1  # of the optimizer's state
     optimizer = 8 * trained if stage == 0 else 12 * trained // share
-    weights = width * plain // (ranks if stage == 3 else 1)
+    weights = width * (plain - sum(model.quantized)) // (ranks if stage == 3 else 1)
+    weights += sum(map(quantized_bytes, model.quantized))
     gathered = width * min(plain, LIVE) if stage == 3 else 0
     gradients = {0: 4, 1: width}.get(stage, 4) * trained // (ranks if stage > 1 else 1)
     bucket = min(trained, BUCKET) * (width if stage else 4)
@@ -77,6 +80,7 @@ def estimate(recipe: Recipe, model: Model, ranks: int, device: str) -> Estimate:
     activations = model.activations
     if recipe.model.gradient_checkpointing:
         activations = model.activations - model.layers * (model.layer - model.boundary) + model.layer
+    activations += width * max(model.quantized, default=0)  # one matrix at a time is made whole
     loss = _loss_bytes(recipe, model, device)
     teachers = sum(
         (width if one.dtype == "auto" else 4 if one.dtype == "float32" else 2)
@@ -145,6 +149,7 @@ def measure(recipe: Recipe, longest: int, ranks: int, label_names: list[str], co
     with torch.device("meta"):
         plain = auto_model(recipe).from_config(config, trust_remote_code=recipe.model.trust_remote_code)
         whole: Any = operate(plain, recipe.model, recipe.training.seed)
+        quantized = tuple(quantized_weights(whole, recipe)) if is_quantized(recipe) else ()
         if recipe.model.lora is not None:
             add_lora(whole, recipe, recipe.model.lora, "")
     freeze(whole, recipe.model.freeze)
@@ -172,6 +177,7 @@ def measure(recipe: Recipe, longest: int, ranks: int, label_names: list[str], co
         0 if head is None else head.weight.numel(),
         int(whole.config.vocab_size),
         tuple(teachers),
+        quantized,
     )
 
 
@@ -248,6 +254,8 @@ def lighter(recipe: Recipe) -> Iterator[tuple[list[str], Recipe]]:
         own = getattr(recipe, section)
         ((key, value),) = values.items()
         if getattr(own, key) == value or (key == "zero_stage" and own.zero_stage > value):
+            continue
+        if is_quantized(recipe) and (key, value) in (("zero_stage", 3), ("offload_param", "cpu")):
             continue
         alone = {f"{section}.{key}": value}
         if key == "per_device_train_batch_size" and own.global_batch_size is None:

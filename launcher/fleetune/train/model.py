@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fleetune.schema import Model, Recipe, Teacher
-from fleetune.train import zero
+from fleetune.train import quantization, zero
 from fleetune.train.head import fuse_head
 from fleetune.train.lora import add_lora, is_adapter
 from fleetune.train.surgery import freeze, operate
@@ -173,7 +173,10 @@ def build_model(
             as_saved = copy.deepcopy(config)
             if not language:
                 as_saved.num_labels = other_head or config.num_labels
-            model = load(auto_model(recipe), recipe.model, config=as_saved, dtype=dtype)
+            more = quantization.loading(recipe, as_saved)
+            model = load(auto_model(recipe), recipe.model, config=as_saved, dtype=dtype, **more)
+    if quantization.is_quantized(recipe):
+        quantization.settle(model)
     if model.config.pad_token_id is None and not language:
         raise ModelError(
             f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its config has no pad_token_id; "

@@ -49,6 +49,7 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     """Raises RecipeError, DataError or ModelError, each naming the key."""
     from fleetune.train.data import prepare
     from fleetune.train.model import load_config, load_tokenizer, padding_id
+    from fleetune.train.quantization import check_quantization
 
     check_machine(recipe)
     tokenizer = load_tokenizer(recipe)
@@ -71,6 +72,10 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     rows, needed = recipe.model.resize_embeddings, max(tokenizer.get_vocab().values()) + 1
     if rows is not None and rows < needed:
         raise RecipeError(f"model.resize_embeddings = {rows}: the tokenizer needs {needed} rows, one for each token")
+    try:
+        check_quantization(recipe, config)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     counted = _check_model(recipe, config)
     return {
         **prepared.report,

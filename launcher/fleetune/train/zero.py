@@ -98,7 +98,10 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def numel(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    """Of the whole parameter; of one in 4 bits how many weights it stands for."""
+    quantized = getattr(parameter, "quant_state", None)
+    count = parameter.numel() if quantized is None else quantized.shape.numel()
+    return int(getattr(parameter, "ds_numel", count))
 
 
 def shape(parameter: torch.Tensor) -> torch.Size:
