@@ -253,12 +253,14 @@ def cuts_of(recipe: Recipe, layout: Layout) -> list[Batch]:
         (layout.world_size, micro),
         (layout.world_size, micro // 2),
     ):
-        if size % ranks == 0 and most:
+        to_a_sequence = 1 if ranks == 1 else batch.sequence_parallel_size
+        if size % (ranks // to_a_sequence) == 0 and most:
             training = recipe.training.model_copy(
                 update={
                     "global_batch_size": size,
                     "per_device_train_batch_size": most,
                     "gradient_accumulation_steps": None,
+                    "sequence_parallel_size": to_a_sequence,
                 }
             )
             found.append(cut_batch(training, ranks))
@@ -285,6 +287,7 @@ def compare_cuts(
                 "global_batch_size": batch.global_batch_size,
                 "per_device_train_batch_size": batch.micro_batch_size,
                 "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+                "sequence_parallel_size": batch.sequence_parallel_size,
                 "bf16": False,
                 "fp16": False,
             }

@@ -158,6 +158,7 @@ def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
     from fleetune.train.model import auto_model
     from fleetune.train.objectives import build_penalties
     from fleetune.train.surgery import freeze, operate
+    from fleetune.train.tiled_mlp import mlps_of
 
     try:
         with torch.device("meta"):
@@ -169,6 +170,8 @@ def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
         if recipe.model.lora is not None:
             add_lora(model, recipe, recipe.model.lora, "")
         freeze(model, recipe.model.freeze)
+        if recipe.model.mlp_tiles is not None:
+            mlps_of(model)
         check_layers(recipe, model)
         build_penalties(recipe, [name for name, p in model.named_parameters() if p.requires_grad])
     except ValueError as error:
