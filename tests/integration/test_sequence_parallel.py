@@ -69,7 +69,9 @@ def keys() -> list[Key]:
     found += [("tied", p, "reference", stage, (2, 2), "") for p in (False, True) for stage in (0, 3)]
     found += [("untied", True, "torch", stage, (2, 2), "") for stage in (1, 2)]
     found += [("untied", True, "torch", 3, (4, 4), "")]
-    found += [("sliding", p, "torch", stage, cut, "") for p in (False, True) for stage, cut in ((0, ALONE), (0, (2, 2)))]
+    found += [
+        ("sliding", p, "torch", stage, cut, "") for p in (False, True) for stage, cut in ((0, ALONE), (0, (2, 2)))
+    ]
     found += [("tied", True, "torch", 0, ALONE, "tiled"), ("tied", False, "torch", 3, (2, 1), "tiled")]
     found += [("tied", True, "torch", 2, (2, 2), "tiled"), ("tied", True, "torch", 3, (2, 2), "checkpointed")]
     found += [("tied", True, "torch", 0, ALONE, "lora"), ("tied", True, "torch", 3, (2, 2), "lora")]
@@ -107,7 +109,9 @@ def gradients(folder: Path) -> Found:
     return found
 
 
-@pytest.mark.parametrize("key", [key for key in keys() if key[4:] != (ALONE, "")], ids=lambda key: "-".join(map(str, key)))
+@pytest.mark.parametrize(
+    "key", [key for key in keys() if key[4:] != (ALONE, "")], ids=lambda key: "-".join(map(str, key))
+)
 def test_loss_and_gradient_are_those_of_one_rank_with_whole_sequences(gradients: Found, key: Key) -> None:
     model, packed, _, _, _, more = key
     truth, losses, rows = gradients[model, packed, "torch", 0, ALONE, "lora" if more == "lora" else ""]
