@@ -26,7 +26,7 @@ class Batch:
 
     def __str__(self) -> str:
         size = self.sequence_parallel_size
-        readers = f"{self.readers} rank(s)" if size == 1 else f"{self.readers} time(s) {size} ranks"
+        readers = f"{self.readers} rank(s)" if size == 1 else f"{self.readers} group(s) of {size} ranks"
         return (
             f"{self.global_batch_size} examples a step = {readers} x "
             f"{self.gradient_accumulation_steps} micro-batch(es) x {self.micro_batch_size}"

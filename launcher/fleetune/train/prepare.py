@@ -49,6 +49,7 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     """Raises RecipeError, DataError or ModelError, each naming the key."""
     from fleetune.train.data import prepare
     from fleetune.train.model import load_config, load_tokenizer, padding_id
+    from fleetune.train.sequence_parallel import check_attention
 
     check_machine(recipe)
     tokenizer = load_tokenizer(recipe)
@@ -72,6 +73,7 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     if rows is not None and rows < needed:
         raise RecipeError(f"model.resize_embeddings = {rows}: the tokenizer needs {needed} rows, one for each token")
     counted = _check_model(recipe, config)
+    check_attention(counted.pop("attention", ""), recipe.training.sequence_parallel_size)
     return {
         **prepared.report,
         **_reweighted(recipe, prepared),
@@ -178,6 +180,7 @@ def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
         raise RecipeError(str(error)) from None
     return {
         "num_hidden_layers": getattr(model.config, "num_hidden_layers", None),
+        "attention": model.config._attn_implementation,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }

@@ -68,6 +68,15 @@ class _Reading:
     positions: torch.Tensor | None = None
 
 
+def check_attention(kind: str, size: int) -> None:
+    """Raises RecipeError for attention that stands in the model's own code, where nothing can come between."""
+    if size > 1 and kind == "eager":
+        raise RecipeError(
+            f"training.sequence_parallel_size = {size}: this model's attention is eager, which cannot share its heads "
+            "among ranks; set model.attn_implementation"
+        )
+
+
 def share_sequences(model: Any, size: int, world: World) -> None:
     """Lets the model's forward pass read slices: with `whole_position_ids`, its attention is over whole sequences.
 
@@ -78,12 +87,8 @@ def share_sequences(model: Any, size: int, world: World) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
     kind = model.config._attn_implementation
-    attention, mask = AttentionInterface._global_mapping.get(kind), AttentionMaskInterface._global_mapping.get(kind)
-    if attention is None or mask is None:
-        raise RecipeError(
-            f"training.sequence_parallel_size = {size}: this model's attention is {kind}, which cannot share its heads "
-            "among ranks; set model.attn_implementation"
-        )
+    check_attention(kind, size)
+    attention, mask = AttentionInterface._global_mapping[kind], AttentionMaskInterface._global_mapping[kind]
     group, reading = _group(size, world), _Reading()
     ALL_ATTENTION_FUNCTIONS[kind] = functools.partial(_attend, attention, group)
     ALL_MASK_ATTENTION_FUNCTIONS[kind] = functools.partial(_mask, mask, reading)
