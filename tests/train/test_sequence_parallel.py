@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny import recipe_values, write_language_model, write_prompts
 
-from fleetune.schema import RecipeError
+from fleetune.schema import Recipe, RecipeError
 from fleetune.train import sequence_parallel
 from fleetune.train.batches import MicroBatch, collate_tokens
 from fleetune.train.data import Split
@@ -153,6 +156,24 @@ def test_attention_that_cannot_be_replaced_is_refused() -> None:
     model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="eager"))
     with pytest.raises(RecipeError, match=r"^training\.sequence_parallel_size = 2: this model's attention is eager"):
         share_sequences(model, 2, WORLD)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "said"),
+    [("llama", 3, "does not divide the model's attention heads; it has 4"), ("gemma2", 2, "attention is eager")],
+)
+def test_a_model_that_does_not_fit_is_refused_before_anything_starts(
+    family: str, size: int, said: str, tmp_path: Path
+) -> None:
+    from fleetune.train.prepare import prepare_recipe
+
+    write_language_model(tmp_path / "model", family=family)
+    for split in ("train", "validation"):
+        write_prompts(tmp_path / f"{split}.jsonl", 4)
+    values = recipe_values(tmp_path, "x", training={"sequence_parallel_size": size})
+    recipe = Recipe.model_validate({**values, "task": "causal_lm"})
+    with pytest.raises(ValueError, match=rf"^training\.sequence_parallel_size = {size}: .*{re.escape(said)}"):
+        prepare_recipe(recipe)
 
 
 @pytest.mark.parametrize("mixes", [False, True])
