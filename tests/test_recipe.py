@@ -422,6 +422,15 @@ def test_steps_of_an_epoch_and_of_the_run(
     assert (steps_per_epoch(rows, batch), total_steps(training, rows, batch)) == (in_one, in_all)
 
 
+def test_ranks_that_share_sequences_count_as_one() -> None:
+    training = Training(per_device_train_batch_size=3, gradient_accumulation_steps=2, sequence_parallel_size=4)
+    batch = cut_batch(training, 8)
+    assert (batch.global_batch_size, batch.readers, batch.micro_batch_size) == (12, 2, 3)
+    assert str(batch) == "12 examples a step = 2 group(s) of 4 ranks x 2 micro-batch(es) x 3"
+    with pytest.raises(RecipeError, match=r"^training\.sequence_parallel_size = 4: 6 rank\(s\) do not divide"):
+        cut_batch(training, 6)
+
+
 # ---------------------------------------------------------------- back to text
 
 WORDS = st.text(min_size=1, max_size=12) | st.sampled_from(["1e5", "no", "null", "0o17", "1_000", "12:30", "<<"])

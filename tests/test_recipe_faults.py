@@ -561,6 +561,33 @@ def save_steps() -> Iterator[Fault]:
         yield Fault("save steps", "checkpoint.save_steps", values, said="should be a whole number above 0, or auto")
 
 
+def sequences() -> Iterator[Fault]:
+    """What cuts them: among ranks, and for an MLP."""
+    size = "training.sequence_parallel_size"
+    said = "does not fit task: classification; leave it out"
+    yield Fault("sequences", size, changed(CLASSIFICATION, size, 2), said=said)
+    for wrong in (4, "auto"):
+        yield Fault("sequences", "model.mlp_tiles", changed(CLASSIFICATION, "model.mlp_tiles", wrong), said=said)
+    for wrong in (0, True, "many"):
+        said = "should be a whole number above 0, or auto"
+        yield Fault("sequences", "model.mlp_tiles", changed(LANGUAGE, "model.mlp_tiles", wrong), said=said)
+    plain = changed(LANGUAGE, "model", {"model_name_or_path": MODEL})
+    taught = plain | {"losses": [{"kind": "distillation"}], "teacher": {"model_name_or_path": MODEL}}
+    for values in (taught, taught | {"teacher": {"cache": "runs"}}):
+        yield Fault("sequences", size, changed(values, size, 2), said="teacher reads whole sequences")
+    eager = changed(changed(plain, size, 2), "model.attn_implementation", "eager")
+    yield Fault(
+        "sequences", "model.attn_implementation", eager, said=f"cannot share its heads among ranks ({size} = 2)"
+    )
+    for ranks, wrong in (("1", 2), ("4", 3)):
+        said, two = f"{ranks} rank(s) do not divide into groups of {wrong}", ("--nproc-per-node", ranks)
+        yield Fault("sequences", size, changed(plain, size, wrong), (), two, said)
+    key = "training.global_batch_size"
+    values = changed(changed(plain, size, 2), key, 3)
+    said = "does not divide over 2 groups of 2 ranks; the nearest that does: 4"
+    yield Fault("sequences", key, values, (), ("--nproc-per-node", "4"), said)
+
+
 def keep_layers() -> Iterator[Fault]:
     wrong: Any
     for wrong in ([], {}, [0, -1], [2, 1], [1, 1], [0, 1.0], [True], 3, "0", {"every": 0}, {"frist": 1}):
@@ -681,6 +708,7 @@ WRITTEN = [
     *of_domains(),
     *save_steps(),
     *keep_layers(),
+    *sequences(),
     *paths(),
 ]
 WRITTEN += [*overrides(), *yaml_text(), *batches()]

@@ -9,43 +9,61 @@ from fleetune.schema import RecipeError, Training
 
 @dataclass(frozen=True)
 class Batch:
-    """How a global batch is cut: `global_batch_size` examples = world_size x accumulation x micro_batch_size."""
+    """How a global batch is cut: `global_batch_size` examples = readers x accumulation x micro_batch_size.
+
+    A reader is a rank, or `sequence_parallel_size` neighbouring ranks that share their sequences.
+    """
 
     global_batch_size: int
     world_size: int
     gradient_accumulation_steps: int
     micro_batch_size: int
+    sequence_parallel_size: int = 1
+
+    @property
+    def readers(self) -> int:
+        return self.world_size // self.sequence_parallel_size
 
     def __str__(self) -> str:
+        size = self.sequence_parallel_size
+        readers = f"{self.readers} rank(s)" if size == 1 else f"{self.readers} group(s) of {size} ranks"
         return (
-            f"{self.global_batch_size} examples a step = {self.world_size} rank(s) x "
+            f"{self.global_batch_size} examples a step = {readers} x "
             f"{self.gradient_accumulation_steps} micro-batch(es) x {self.micro_batch_size}"
         )
 
 
 def cut_batch(training: Training, world_size: int) -> Batch:
-    """Raises RecipeError where the batch does not divide over the ranks."""
+    """Raises RecipeError where the batch does not divide over the ranks, or these not over sequences."""
     per_device, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    size = training.sequence_parallel_size
+    if world_size % size:
+        raise RecipeError(
+            f"training.sequence_parallel_size = {size}: {world_size} rank(s) do not divide into groups of {size}"
+        )
+    readers = world_size // size
     if training.global_batch_size is None:
         accumulation = accumulation or 1
-        return Batch(per_device * accumulation * world_size, world_size, accumulation, per_device)
+        return Batch(per_device * accumulation * readers, world_size, accumulation, per_device, size)
     key = f"training.global_batch_size = {training.global_batch_size}"
-    per_rank, rest = divmod(training.global_batch_size, world_size)
-    if rest or not per_rank:
+    per_reader, rest = divmod(training.global_batch_size, readers)
+    if rest or not per_reader:
+        whom = f"{readers} ranks" if size == 1 else f"{readers} groups of {size} ranks"
         raise RecipeError(
-            f"{key}: does not divide over {world_size} ranks; the nearest that does: "
-            f"{max(1, round(training.global_batch_size / world_size)) * world_size}"
+            f"{key}: does not divide over {whom}; the nearest that does: "
+            f"{max(1, round(training.global_batch_size / readers)) * readers}"
         )
     accumulation = accumulation or next(
-        a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= per_device
+        a for a in range(1, per_reader + 1) if per_reader % a == 0 and per_reader // a <= per_device
     )
-    micro, rest = divmod(per_rank, accumulation)
+    micro, rest = divmod(per_reader, accumulation)
     if rest or micro > per_device:
+        whom = "a rank" if size == 1 else f"for {size} ranks"
         raise RecipeError(
-            f"{key}: {per_rank} examples a rank are not {accumulation} micro-batches of at most {per_device} "
+            f"{key}: {per_reader} examples {whom} are not {accumulation} micro-batches of at most {per_device} "
             "(training.per_device_train_batch_size)"
         )
-    return Batch(training.global_batch_size, world_size, accumulation, micro)
+    return Batch(training.global_batch_size, world_size, accumulation, micro, size)
 
 
 def steps_per_epoch(rows: int, batch: Batch) -> int:

@@ -76,6 +76,7 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     yield from _surgery_combinations(recipe)
     yield from _lora_combinations(recipe)
     yield from _training_combinations(recipe)
+    yield from _sequence_combinations(recipe)
 
 
 def _language_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
@@ -343,6 +344,22 @@ def _training_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             if Path(source.path).is_absolute() and getattr(source, key) is not None:
                 message = "is for a hub data set, and this is a file: leave it out, or null"
                 yield f"data.{name}.{key}", getattr(source, key), message
+
+
+def _sequence_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    """What cuts sequences into slices: of tokens among ranks, and of an MLP's."""
+    key, size = "training.sequence_parallel_size", recipe.training.sequence_parallel_size
+    if recipe.task != "causal_lm":
+        if size > 1:
+            yield key, size, f"does not fit task: {recipe.task}; leave it out"
+        if recipe.model.mlp_tiles is not None:
+            yield "model.mlp_tiles", recipe.model.mlp_tiles, f"does not fit task: {recipe.task}; leave it out"
+    elif size > 1:
+        for name, _ in teachers_of(recipe):
+            yield key, size, f"{name} reads whole sequences; leave one of the two out"
+        if recipe.model.attn_implementation == "eager":
+            message = f"cannot share its heads among ranks ({key} = {size}): sdpa, or another way"
+            yield "model.attn_implementation", "eager", message
 
 
 def missing_files(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:

@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "training.global_batch_size",
     "training.gradient_accumulation_steps",
     "training.per_device_train_batch_size",
+    "training.sequence_parallel_size",
     "tracking.",
     "checkpoint.",
     "retries.",

@@ -17,14 +17,14 @@ class RecipeError(ValueError):
     """One or more faults of a recipe, each a line with the file, the key's path, the value and what would be right."""
 
 
-def _save_steps(value: Any) -> Any:
+def _count_or_auto(value: Any) -> Any:
     """One message where the union below would give two."""
     if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise PydanticCustomError("save_steps", "should be a whole number above 0, or auto")
+        raise PydanticCustomError("count_or_auto", "should be a whole number above 0, or auto")
     return value
 
 
-SaveSteps = Annotated[Positive | Literal["auto"], BeforeValidator(_save_steps)]
+CountOrAuto = Annotated[Positive | Literal["auto"], BeforeValidator(_count_or_auto)]
 
 
 def _keep_layers(value: Any) -> Any:
@@ -82,6 +82,9 @@ class Model(Section):
     """What computes attention, by Transformers' names; the model's own choice when absent."""
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: less memory, about a third more time."""
+    mlp_tiles: CountOrAuto | None = None
+    """For causal_lm: each layer's MLP takes so many slices of the sequence one after another and recomputes each in the
+    backward pass, for less memory; auto: of about as many tokens as the model is wide."""
     config: dict[str, Scalar] = {}
     """Values that replace those of the model's own config, e.g. hidden_dropout_prob: 0.0."""
     trust_remote_code: bool = False
@@ -94,11 +97,15 @@ class Training(Section):
     max_steps: Positive | None = None
     """Optimizer steps; goes before num_train_epochs."""
     per_device_train_batch_size: Positive = 8
-    """The micro-batch of one rank; with global_batch_size the most that one may have."""
+    """The micro-batch of one rank, or of the ranks that share sequences; with global_batch_size the most that one may
+    have."""
     gradient_accumulation_steps: Positive | None = None
     """Micro-batches of one rank in one optimizer step; 1, or what global_batch_size needs, when absent."""
     global_batch_size: Positive | None = None
     """Examples of one optimizer step over all ranks; keeps the same when the number of ranks changes."""
+    sequence_parallel_size: Positive = 1
+    """For causal_lm: so many ranks share each sequence, a slice of its tokens each, and in attention some of the heads
+    (Ulysses), where one rank has no room for all of it; evaluation reads whole sequences."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 5.0e-5
     """The highest, which the warm-up ends at."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
@@ -184,7 +191,7 @@ class Evaluation(Section):
 
 
 class Checkpoint(Section):
-    save_steps: SaveSteps | None = None
+    save_steps: CountOrAuto | None = None
     """Optimizer steps between checkpoints, or auto: what loses least, by Young's formula from mtbf_hours and the time
     that a save was measured to take; at each evaluation when absent."""
     mtbf_hours: Annotated[float, Field(gt=0.0)] | None = None

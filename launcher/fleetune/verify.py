@@ -226,20 +226,17 @@ GRADIENT_BOUND = 1e-6  # of the whole gradient's norm, in fp32
 def cuts_of(recipe: Recipe, layout: Layout) -> list[Batch]:
     """One rank, the ranks asked for, and these with smaller micro-batches: all of the same global batch."""
     batch = cut_batch(recipe.training, layout.world_size)
-    size, micro = batch.global_batch_size, batch.micro_batch_size
+    size, micro, world = batch.global_batch_size, batch.micro_batch_size, batch.world_size
     found = []
-    for ranks, most in (
-        (1, micro),
-        (1, max(1, micro // 4)),
-        (layout.world_size, micro),
-        (layout.world_size, micro // 2),
-    ):
-        if size % ranks == 0 and most:
+    for ranks, most in ((1, micro), (1, max(1, micro // 4)), (world, micro), (world, micro // 2)):
+        shared = 1 if ranks == 1 else batch.sequence_parallel_size
+        if size % (ranks // shared) == 0 and most:
             training = recipe.training.model_copy(
                 update={
                     "global_batch_size": size,
                     "per_device_train_batch_size": most,
                     "gradient_accumulation_steps": None,
+                    "sequence_parallel_size": shared,
                 }
             )
             found.append(cut_batch(training, ranks))
@@ -266,6 +263,7 @@ def compare_cuts(
                 "global_batch_size": batch.global_batch_size,
                 "per_device_train_batch_size": batch.micro_batch_size,
                 "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+                "sequence_parallel_size": batch.sequence_parallel_size,
                 "bf16": False,
                 "fp16": False,
             }

@@ -127,6 +127,13 @@ def test_in_a_short_window_some_ranks_have_nothing() -> None:
     assert [[piece.tolist() for piece in window] for window in windows] == [[[0]], [[1]], [[2]], [[]]]
 
 
+def test_ranks_that_share_sequences_read_the_same_rows() -> None:
+    alone, shared = Batch(8, 2, 2, 2), Batch(8, 4, 2, 2, sequence_parallel_size=2)
+    for rank in range(4):
+        windows = [cut_window(np.arange(7), batch, one) for batch, one in ((alone, rank // 2), (shared, rank))]
+        assert [piece.tolist() for piece in windows[0]] == [piece.tolist() for piece in windows[1]]
+
+
 # ---------------------------------------------------------------- rows as tensors
 
 

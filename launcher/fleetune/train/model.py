@@ -15,6 +15,7 @@ from fleetune.train import quantization, zero
 from fleetune.train.head import fuse_head
 from fleetune.train.lora import add_lora, is_adapter
 from fleetune.train.surgery import freeze, operate
+from fleetune.train.tiled_mlp import tile_mlps, tiles_of
 
 OWN_KEYS = ("num_labels", "id2label", "label2id", "problem_type")  # of a config, set here
 COUNT_POSITIONS_FROM_PADDING = (
@@ -106,7 +107,17 @@ def load_config(recipe: Recipe, label_names: list[str]) -> Any:
     if recipe.model.attn_implementation is not None:
         config._attn_implementation = recipe.model.attn_implementation
     check_length(config, recipe.data.max_length, "the model")
+    check_heads(config, recipe.training.sequence_parallel_size)
     return config
+
+
+def check_heads(config: Any, size: int) -> None:
+    """Raises ModelError where `size` ranks cannot take equally many heads each."""
+    heads = getattr(config.get_text_config(), "num_attention_heads", None)
+    if size > 1 and (not isinstance(heads, int) or heads % size):
+        raise ModelError(
+            f"training.sequence_parallel_size = {size}: does not divide the model's attention heads; it has {heads}"
+        )
 
 
 def check_length(config: Any, max_length: int, whose: str) -> None:
@@ -189,6 +200,8 @@ def build_model(
     if recipe.model.lora is not None:
         add_lora(model, recipe, recipe.model.lora, model_location(recipe.model.model_name_or_path))
     freeze(model, recipe.model.freeze)
+    if recipe.model.mlp_tiles is not None:
+        tile_mlps(model, tiles_of(recipe, model.config))
     if language and recipe.kernels != "reference":
         fuse_head(model)
     assert isinstance(model, nn.Module)

@@ -50,6 +50,7 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     from fleetune.train.data import prepare
     from fleetune.train.model import load_config, load_tokenizer, padding_id
     from fleetune.train.quantization import check_quantization
+    from fleetune.train.sequence_parallel import check_attention
 
     check_machine(recipe)
     tokenizer = load_tokenizer(recipe)
@@ -77,6 +78,7 @@ def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
     except ValueError as error:
         raise RecipeError(str(error)) from None
     counted = _check_model(recipe, config)
+    check_attention(counted.pop("attention", ""), recipe.training.sequence_parallel_size)
     return {
         **prepared.report,
         **_reweighted(recipe, prepared),
@@ -163,6 +165,7 @@ def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
     from fleetune.train.model import auto_model
     from fleetune.train.objectives import build_penalties
     from fleetune.train.surgery import freeze, operate
+    from fleetune.train.tiled_mlp import mlps_of
 
     try:
         with torch.device("meta"):
@@ -174,12 +177,15 @@ def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
         if recipe.model.lora is not None:
             add_lora(model, recipe, recipe.model.lora, "")
         freeze(model, recipe.model.freeze)
+        if recipe.model.mlp_tiles is not None:
+            mlps_of(model)
         check_layers(recipe, model)
         build_penalties(recipe, [name for name, p in model.named_parameters() if p.requires_grad])
     except ValueError as error:
         raise RecipeError(str(error)) from None
     return {
         "num_hidden_layers": getattr(model.config, "num_hidden_layers", None),
+        "attention": model.config._attn_implementation,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }

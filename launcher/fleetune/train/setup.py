@@ -36,6 +36,7 @@ from fleetune.train.head import check_head, has_fused_head
 from fleetune.train.model import build_model, load_tokenizer, padding_id
 from fleetune.train.objectives import build_penalties, build_terms
 from fleetune.train.packing import pack
+from fleetune.train.sequence_parallel import check_shared, share_of, share_sequences
 from fleetune.train.sources import Ints
 from fleetune.train.targets import OF_TARGETS, partners, target_split
 from fleetune.train.teacher import LoadedTeacher, load_teachers, shared_vocabulary
@@ -149,10 +150,15 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
     add_domain_heads(model, recipe)
     if dtype is not None:
         model.to(dtype)
+    if batch.sequence_parallel_size > 1:
+        share_sequences(model, batch.sequence_parallel_size, world)
     started = engine.start_engine(model, recipe, config, build_penalties(recipe, trainable))
     if has_fused_head(model):
         started.module.eval()
         check_head(started, recipe, model.config, world.device)
+    if batch.sequence_parallel_size > 1:
+        started.module.eval()
+        check_shared(started, batch.sequence_parallel_size, model.config, world)
     # Dropout differs from rank to rank, and from the weights' own draw.
     torch.manual_seed(int(np.random.SeedSequence([recipe.training.seed, world.rank]).generate_state(1)[0]))
     return Setup(
@@ -217,7 +223,8 @@ def compose(setup: Setup, epoch: int) -> Epoch:
 
 def read_window(setup: Setup, epoch: Epoch, batch: Ints) -> list[MicroBatch]:
     """This rank's micro-batches of a global batch, on its device."""
-    multiple = 8 if setup.world.device.type == "cuda" else 1  # the widths that a GPU's matrix units like
+    size = setup.batch.sequence_parallel_size
+    multiple = size * (8 if setup.world.device.type == "cuda" else 1)  # the widths that a GPU's matrix units like
     split, padding = setup.data.splits["train"], setup.padding_id
     if epoch.partners is not None:
         return _read_both(setup, epoch, epoch.partners, batch, multiple)
@@ -227,6 +234,8 @@ def read_window(setup: Setup, epoch: Epoch, batch: Ints) -> list[MicroBatch]:
     else:
         packs = epoch.packs
         micros = [collate_tokens(split, [packs[n] for n in piece], padding, multiple, packed=True) for piece in pieces]
+    if size > 1:
+        micros = [share_of(micro, setup.world.rank % size, size) for micro in micros]
     return [micro.to(setup.world.device) for micro in micros]
 
 

@@ -43,7 +43,9 @@ def load_trained(recipe: Recipe, path: Path, dtype: torch.dtype | None = None, *
             return model.eval()
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
         names = [config.id2label[i] for i in range(config.num_labels)] if recipe.task == "classification" else []
-        plain = recipe.model.model_copy(update={"gradient_checkpointing": False, "trust_remote_code": trust})
+        plain = recipe.model.model_copy(
+            update={"gradient_checkpointing": False, "mlp_tiles": None, "trust_remote_code": trust}
+        )
         bare = recipe.model_copy(update={"model": plain, "kernels": "reference"})
         own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         model = build_model(bare, names, dtype or own, {"zero_optimization": {"stage": 0}})
