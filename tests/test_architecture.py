@@ -57,6 +57,7 @@ RULES = (
             ("sections", ("fleetune.losses", "fleetune.schema", "fleetune.recipe", "fleetune.runs")),
             ("losses", ("fleetune.schema", "fleetune.combinations", "fleetune.recipe", "fleetune.runs")),
             ("data_section", ("fleetune.losses", "fleetune.schema", "fleetune.recipe", "fleetune.runs")),
+            ("model_section", ("fleetune.losses", "fleetune.schema", "fleetune.recipe", "fleetune.runs")),
             ("schema", ("fleetune.strict_yaml", "fleetune.combinations", "fleetune.recipe", "fleetune.runs")),
             ("strict_yaml", ("fleetune.combinations", "fleetune.recipe", "fleetune.runs")),
             ("combinations", ("fleetune.strict_yaml", "fleetune.recipe", "fleetune.runs")),

@@ -29,7 +29,7 @@ import numpy.typing as npt
 import record
 import torch
 
-from fleetune.schema import Model
+from fleetune.model_section import Model
 from fleetune.train.cache import cache_folder
 from fleetune.train.features import load_encoder, mean_pooled
 from fleetune.train.reweight import (

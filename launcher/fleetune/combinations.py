@@ -17,10 +17,10 @@ from fleetune.losses import (
     Mmd,
     layers_of,
 )
+from fleetune.model_section import Model
 from fleetune.schema import (
     DATA_SUFFIXES,
     METRICS,
-    Model,
     Recipe,
     has_validation,
     has_weights,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -35,3 +35,13 @@ def _scalar(value: Any) -> Any:
 
 
 Scalar = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
+
+
+def _count_or_auto(value: Any) -> Any:
+    """One message where the union below would give two."""
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise PydanticCustomError("count_or_auto", "should be a whole number above 0, or auto")
+    return value
+
+
+CountOrAuto = Annotated[Positive | Literal["auto"], BeforeValidator(_count_or_auto)]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fleetune import runs
 from fleetune.cli import app
-from fleetune.schema import Model
+from fleetune.model_section import Model
 from fleetune.train import shift
 from fleetune.train.features import load_encoder, mean_pooled
 from fleetune.train.gaussian_kernel import GaussianKernel

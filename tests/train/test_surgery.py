@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fleetune.schema import Model
+from fleetune.model_section import Model
 from fleetune.train.surgery import FAMILIES, freeze, layers_of, operate, plan_layers, value_projections
 
 LAYERS = 6

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fleetune.schema import Model
+from fleetune.model_section import Model
 from fleetune.train.batches import collate, evaluation_batches
 from fleetune.train.data import PIECE, Split, encode
 from fleetune.train.model import ModelError, check_length, load

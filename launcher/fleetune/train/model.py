@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fleetune.schema import Model, Recipe, Teacher
+from fleetune.model_section import Model
+from fleetune.schema import Recipe, Teacher
 from fleetune.train import quantization, zero
 from fleetune.train.head import fuse_head
 from fleetune.train.lora import add_lora, is_adapter

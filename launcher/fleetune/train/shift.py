@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from fleetune.data_section import Source
+from fleetune.model_section import Model
 from fleetune.recipe import local_or_hub
-from fleetune.schema import DATA_SUFFIXES, Model, RecipeError
+from fleetune.schema import DATA_SUFFIXES, RecipeError
 from fleetune.strict_yaml import parse_yaml
 from fleetune.train.features import BATCH_SIZE, load_encoder, mean_pooled
 from fleetune.train.gaussian_kernel import GaussianKernel

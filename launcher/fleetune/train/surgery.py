@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fleetune.schema import Model
+from fleetune.model_section import Model
 from fleetune.train import zero
 
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from fleetune.batch import Batch
 from fleetune.losses import Distillation
-from fleetune.schema import Model, Recipe, Teacher, teachers_of
+from fleetune.model_section import Model
+from fleetune.schema import Recipe, Teacher, teachers_of
 from fleetune.train import zero
 from fleetune.train.alignment import Asked, Outputs, asked_by, run
 from fleetune.train.batches import MicroBatch
