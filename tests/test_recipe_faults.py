@@ -588,6 +588,12 @@ def sequences() -> Iterator[Fault]:
     yield Fault("sequences", key, values, (), ("--nproc-per-node", "4"), said)
 
 
+def packing() -> Iterator[Fault]:
+    key, values = "training.per_device_train_batch_size", changed(LANGUAGE, "data.packing", True)
+    values = changed(values, "model", {"model_name_or_path": MODEL, "attn_implementation": "flash_attention_2"})
+    yield Fault("packing", key, changed(values, key, 4), said="keeps packed examples apart in a single row only: 1")
+
+
 def keep_layers() -> Iterator[Fault]:
     wrong: Any
     for wrong in ([], {}, [0, -1], [2, 1], [1, 1], [0, 1.0], [True], 3, "0", {"every": 0}, {"frist": 1}):
@@ -709,6 +715,7 @@ WRITTEN = [
     *save_steps(),
     *keep_layers(),
     *sequences(),
+    *packing(),
     *paths(),
 ]
 WRITTEN += [*overrides(), *yaml_text(), *batches()]

@@ -200,6 +200,14 @@ def test_length_tracking_logging_and_resources_may_change_and_are_stored(
     assert again.info()["id"] == run_id
 
 
+def test_a_run_that_began_in_fp32_for_want_of_bf16_goes_on_so(tmp_path: Path) -> None:
+    run = open_run(recipe(tmp_path), LAYOUT)
+    asked = recipe(tmp_path, training__bf16=True)
+    assert "training.bf16: False in the run, True now" in refusal(asked)
+    runs.write_json(run.path / "run.json", run.info() | {"fp32_for_bf16": True})
+    assert open_run(asked, LAYOUT).recipe().training.bf16 is False
+
+
 def test_a_run_that_was_moved_goes_on(tmp_path: Path) -> None:
     run_id = open_run(recipe(tmp_path), LAYOUT).info()["id"]
     (tmp_path / "disk").mkdir()

@@ -89,7 +89,6 @@ def watch(folders: AnyRuns = None) -> None:
 
     from fleetune import report
     from fleetune.cluster import slurm
-    from fleetune.schema import RecipeError
 
     folders, others = _runs_among(folders or _runs_here())
     if others:
@@ -105,12 +104,12 @@ def watch(folders: AnyRuns = None) -> None:
                 if looks % 5 == 4:  # every 10 s: the controller is everybody's
                     with contextlib.suppress(slurm.SlurmFailed):  # it may be starting anew
                         jobs = slurm.jobs_of(folders)
+                if not (folders := _runs_among(folders)[0]):  # those that were taken away meanwhile are left out
+                    return
                 shown.update(report.live(folders, jobs, console.width), refresh=True)
                 if not any(report.goes_on(folder, jobs.get(folder)) for folder in folders):
                     return
                 time.sleep(2.0)
-    except RecipeError as error:
-        fail(str(error))
     except slurm.SlurmFailed as error:
         fail(str(error), 1)
 

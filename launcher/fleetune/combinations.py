@@ -76,6 +76,7 @@ def combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     yield from _surgery_combinations(recipe)
     yield from _lora_combinations(recipe)
     yield from _training_combinations(recipe)
+    yield from _packing_combinations(recipe)
     yield from _sequence_combinations(recipe)
 
 
@@ -344,6 +345,16 @@ def _training_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             if Path(source.path).is_absolute() and getattr(source, key) is not None:
                 message = "is for a hub data set, and this is a file: leave it out, or null"
                 yield f"data.{name}.{key}", getattr(source, key), message
+
+
+def _packing_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    attention, rows = recipe.model.attn_implementation, recipe.training.per_device_train_batch_size
+    if recipe.data.packing and attention is not None and attention.startswith("flash") and rows > 1:
+        yield (
+            "training.per_device_train_batch_size",
+            rows,
+            f"{attention} keeps packed examples apart in a single row only: 1, and a longer data.max_length",
+        )
 
 
 def _sequence_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:

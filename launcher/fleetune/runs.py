@@ -121,6 +121,7 @@ def open_run(
 ) -> Run:
     """Makes the recipe's run folder, or takes up the one that is there, on whatever ranks.
 
+    One that began in fp32, on a machine without the bf16 that the recipe asks for, goes on so on any other.
     `layout` holds nodes, nproc_per_node, threads; `data` is a hash of the prepared data; `steps` is the run's length.
 
     Raises:
@@ -134,7 +135,9 @@ def open_run(
             name, number = f"{recipe.name}-{number}", number + 1
         recipe = recipe.model_copy(update={"name": name})
         base = Path(recipe.output_dir) / name
-    run, text = Run(base), dump_recipe(recipe)
+    run = Run(base)
+    recipe = _as_it_began(recipe, run)
+    text = dump_recipe(recipe)
     parse_recipe(text, str(run.recipe_file))  # as the ranks will: a name may have grown too long
     try:
         if (run.path / "run.json").exists():
@@ -149,6 +152,13 @@ def open_run(
     except OSError as error:
         raise RecipeError(f"output_dir/name = {str(run.path)!r}: cannot be written: {error.strerror}") from None
     return run
+
+
+def _as_it_began(recipe: Recipe, run: Run) -> Recipe:
+    """In the precision that the machines turned out to have on which the run began."""
+    if (run.path / "run.json").exists() and run.info().get("fp32_for_bf16"):
+        return recipe.model_copy(update={"training": recipe.training.model_copy(update={"bf16": False})})
+    return recipe
 
 
 def _make(run: Run, recipe: Recipe, layout: dict[str, int]) -> None:

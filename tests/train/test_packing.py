@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetune.train.packing import pack
+from fleetune.schema import RecipeError
+from fleetune.train.packing import check_packs, pack
 
 LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=200).map(np.array)
 
@@ -43,3 +45,20 @@ def test_lengths_as_texts_have_them_leave_under_three_percent_of_padding(max_len
     lengths = np.random.default_rng(0).lognormal(4.5, 0.8, 3000).astype(np.int64).clip(1, max_length)
     packs = pack(lengths, max_length, 0, 0)
     assert 1 - lengths.sum() / (len(packs) * max_length) < 0.03
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_model_that_keeps_packs_apart_is_taken_and_one_that_does_not_is_refused(rows: int) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=64)).eval()
+    check_packs(llama, llama.config, rows, torch.device("cpu"))
+    opt = OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32)).eval()  # looks at its mask alone
+    with pytest.raises(
+        RecipeError, match=r"data\.packing = True: a opt model with sdpa attention does not keep packed"
+    ):
+        check_packs(opt, opt.config, rows, torch.device("cpu"))

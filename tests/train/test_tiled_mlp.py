@@ -84,6 +84,14 @@ def test_a_model_without_such_modules_is_refused() -> None:
         tile_mlps(OPTForCausalLM(small), 2)
 
 
+def test_a_model_whose_mlp_takes_more_than_its_input_is_refused() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=20, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="the MLP of a bloom model takes more than its input"):
+        tile_mlps(bloom, 2)
+
+
 @pytest.mark.parametrize(
     ("wanted", "max_length", "size", "tiles"),
     [(None, 4096, 1, 1), (3, 4096, 1, 3), ("auto", 4096, 1, 4), ("auto", 4097, 1, 5), ("auto", 4096, 2, 2)],

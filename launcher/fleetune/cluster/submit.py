@@ -56,7 +56,7 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | N
         raise RecipeError(f"output_dir = {recipe.output_dir!r}: has a line break or another control character")
     makes = fresh or not base.path.exists()
     recipe = with_failures(recipe, profile)
-    run = runs.open_run(as_it_began(recipe, base) if not fresh else recipe, layout.stored(), fresh)
+    run = runs.open_run(recipe, layout.stored(), fresh)
     _forget_cancelling(run)
     code, copy = snapshot.take(run.path / "code")
     token = secrets.token_hex(6)
@@ -157,13 +157,6 @@ def attached(run: runs.Run) -> Sent | None:
         runs.write_json(path, job)
     found = slurm.queue().get(job["id"])
     return Sent(run, found.id, found.state, is_new=False) if found is not None and found.is_live else None
-
-
-def as_it_began(recipe: Recipe, run: runs.Run) -> Recipe:
-    """In the precision that the run's nodes turned out to have."""
-    if (run.path / "run.json").exists() and run.info().get("fp32_for_bf16"):
-        return recipe.model_copy(update={"training": recipe.training.model_copy(update={"bf16": False})})
-    return recipe
 
 
 def with_failures(recipe: Recipe, profile: Profile) -> Recipe:

@@ -77,6 +77,8 @@ def _find(tasks: str) -> tuple[list[str], Any]:
             inside = TaskManager(include_path=one, include_defaults=False).all_subtasks
             if not inside:
                 raise RecipeError(f"--lm-eval {one}: the folder has no task in a .yaml file")
+            for file in sorted(Path(one).rglob("*.yaml")):
+                _parse(one, file)  # lm-eval passes over one that it cannot read
             names += inside
         elif is_path and not Path(one).is_file():
             raise RecipeError(f"--lm-eval {one}: there is no such file or folder")
@@ -89,7 +91,16 @@ def _find(tasks: str) -> tuple[list[str], Any]:
             near = difflib.get_close_matches(one, known, n=1, cutoff=0.5)
             hint = f"did you mean `{near[0]}`? " if near else ""
             raise RecipeError(f"--lm-eval {one}: lm-eval knows no such task; {hint}A file is ./NAME.yaml")
-    return names, manager
+    return list(dict.fromkeys(names)), manager
+
+
+def _parse(given: str, file: Path) -> None:
+    import yaml
+
+    try:
+        yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)  # its !function and !include stay text
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RecipeError(f"--lm-eval {given}: {file} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def _told(name: str, found: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,14 @@ the epoch alone; how many packs there are depends on the lengths alone.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
+import torch
+
+from fleetune.schema import RecipeError
+from fleetune.train.head import CLOSE, PROBE
 from fleetune.train.sources import Ints
 
 
@@ -35,3 +41,22 @@ def pack(lengths: Ints, max_length: int, seed: int, epoch: int) -> list[Ints]:
             with_room[left].append(number)
             rooms |= 1 << left
     return [np.asarray(rows, dtype=np.int64) for rows in packs]
+
+
+@torch.no_grad()
+def check_packs(forward: Callable[..., Any], config: Any, micro_batch_size: int, device: torch.device) -> None:
+    """That an example in a pack gets the logits it gets alone: a family's attention may look over the border.
+
+    A collective on ZeRO-3. Raises RecipeError where they differ.
+    """
+    rows = min(2, micro_batch_size)  # some attention tells packs apart in a single row only
+    ids = (torch.arange(2 * PROBE, device=device) % config.vocab_size).expand(rows, -1)
+    positions = (torch.arange(2 * PROBE, device=device) % PROBE).expand(rows, -1)
+    packed = forward(input_ids=ids, position_ids=positions, use_cache=False).logits[:, PROBE:]
+    alone = forward(input_ids=ids[:, PROBE:], position_ids=positions[:, PROBE:], use_cache=False).logits
+    difference = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-30))
+    if not difference <= CLOSE.get(alone.dtype, 0.05):
+        raise RecipeError(
+            f"data.packing = True: a {config.model_type} model with {config._attn_implementation} attention does not "
+            f"keep packed examples apart (their logits are off by {difference:.1e} of the largest); leave packing out"
+        )

@@ -155,7 +155,7 @@ def _attend(
         _whole_sequence(heads, group)
         for heads in (query, key.repeat_interleave(copies, 1), value.repeat_interleave(copies, 1))
     )
-    keywords["position_ids"] = whole_position_ids  # by which FlashAttention finds packs
+    keywords["position_ids"] = whole_position_ids  # by which FlashAttention finds the packs of a single row
     with _grouped(module, query.shape[1] // key.shape[1]):
         output, _ = plain(module, query, key, value, attention_mask, **keywords)  # (B, L, H / S, D)
     return _all_heads(output, group), None
@@ -229,9 +229,11 @@ def check_shared(forward: Callable[..., Any], size: int, config: Any, world: Wor
         inputs = {"input_ids": ids[:, here], "position_ids": positions[:, here], WHOLE: positions}
         shared = forward(**inputs, use_cache=False).logits
         worst = (whole - shared).abs().max() / whole.abs().max().clamp(min=1e-30)
+        worst = worst.nan_to_num(nan=math.inf)  # which the reduction may drop
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         if not float(worst) <= CLOSE.get(whole.dtype, 0.05):
             raise RecipeError(
                 f"training.sequence_parallel_size = {size}: slices of a {config.model_type} model's sequences do not "
-                f"give the logits of the whole (off by {float(worst):.1e} of the largest): tokens mix elsewhere too"
+                f"give the logits of the whole (off by {float(worst):.1e} of the largest): its tokens mix elsewhere "
+                "too, or it does not keep packs apart"
             )

@@ -35,7 +35,7 @@ from fleetune.train.generate import continued, exact_match, generator
 from fleetune.train.head import check_head, has_fused_head
 from fleetune.train.model import build_model, load_tokenizer, padding_id
 from fleetune.train.objectives import build_penalties, build_terms
-from fleetune.train.packing import pack
+from fleetune.train.packing import check_packs, pack
 from fleetune.train.sequence_parallel import check_shared, share_of, share_sequences
 from fleetune.train.sources import Ints
 from fleetune.train.targets import OF_TARGETS, partners, target_split
@@ -156,6 +156,9 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
     if has_fused_head(model):
         started.module.eval()
         check_head(started, recipe, model.config, world.device)
+    if recipe.data.packing:
+        started.module.eval()
+        check_packs(started, model.config, batch.micro_batch_size, world.device)
     if batch.sequence_parallel_size > 1:
         started.module.eval()
         check_shared(started, batch.sequence_parallel_size, model.config, world)

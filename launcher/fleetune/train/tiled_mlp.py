@@ -8,6 +8,7 @@ changes, and every rank runs it equally often, as ZeRO-3 must.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,11 +29,15 @@ def tiles_of(recipe: Recipe, config: Any) -> int:
 
 
 def mlps_of(model: nn.Module) -> list[nn.Module]:
-    """One of each layer. Raises ValueError where the model has none by that name."""
+    """One of each layer. Raises ValueError where the model has none by that name, or it takes more than its input."""
     found = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "mlp"]
     if not found:
         kind = getattr(model.config, "model_type", None)
         raise ValueError(f"model.mlp_tiles: the layers of a {kind} model have no module `mlp`; leave it out")
+    needed = [p for p in inspect.signature(found[0].forward).parameters.values() if p.default is p.empty]
+    if len(needed) > 1:
+        kind = getattr(model.config, "model_type", None)
+        raise ValueError(f"model.mlp_tiles: the MLP of a {kind} model takes more than its input; leave it out")
     return found
 
 
@@ -43,9 +48,9 @@ def tile_mlps(model: nn.Module, tiles: int) -> None:
 
 
 def _tiled(plain: Callable[[torch.Tensor], torch.Tensor], tiles: int, hidden_states: torch.Tensor) -> torch.Tensor:
-    """(B, L, D) -> (B, L, D). Without gradients, as when generating, all at once."""
+    """(..., L, D) -> (..., L, D). Without gradients, as when generating, all at once."""
     if tiles == 1 or not torch.is_grad_enabled():
         return plain(hidden_states)
-    slices = hidden_states.tensor_split(tiles, dim=1)  # of a short sequence some are empty
+    slices = hidden_states.tensor_split(tiles, dim=-2)  # of a short sequence some are empty
     done: list[torch.Tensor] = [checkpoint(plain, one, use_reentrant=False) for one in slices]
-    return torch.cat(done, dim=1)
+    return torch.cat(done, dim=-2)
