@@ -21,6 +21,30 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = str(CACHE / "datasets")
 
 
+# Judged by the clock, or in need of a cluster.
+ALONE = (
+    "cluster/",
+    "integration/test_interruptions.py",
+    "integration/test_run.py",
+    "integration/test_slurm.py",
+    "integration/test_slurm_wandb.py",
+    "integration/test_wandb_outages.py",
+    "test_runs.py",
+    "test_sync.py",
+    "train/test_data.py",
+    "train/test_node_load.py",
+    "train/test_signals.py",
+    "train/test_tracking.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(ROOT / "tests").as_posix().startswith(ALONE):
+            item.add_marker("alone")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _caches_of_its_own() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:

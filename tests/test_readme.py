@@ -80,7 +80,7 @@ def test_runs(folder: Path, arguments: list[str], request: pytest.FixtureRequest
     with serving() as server:  # for `sync`, which needs one
         environment = os.environ | wandb_environment(server.url, folder) | {"FLEETUNE_DATA": there}
         done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=300, check=False, env=environment
+            command, cwd=folder, capture_output=True, text=True, timeout=850, check=False, env=environment
         )
     assert done.returncode == (2 if wrong else 0), done.stderr
     assert ("did you mean `learning_rate`?" in done.stderr) is wrong

@@ -62,12 +62,12 @@ def rank_variables(rank: int = 0, world_size: int = 1, port: int | None = None) 
     return {name: str(value) for name, value in {**ranks, "MASTER_PORT": port or _free_port()}.items()}
 
 
-def train_together(folders: list[runs.Run], world_size: int, timeout: float = 300.0) -> None:
+def train_together(folders: list[runs.Run], world_size: int, timeout: float = 600.0) -> None:
     """Raises AssertionError with the ranks' output where one fails."""
     work_together([(world_size, [Job(str(run.path)) for run in folders])], timeout)
 
 
-def work_together(groups: list[tuple[int, list[Job]]], timeout: float = 300.0) -> None:
+def work_together(groups: list[tuple[int, list[Job]]], timeout: float = 600.0) -> None:
     """Each group's jobs by its number of ranks. Raises AssertionError with the ranks' output where one fails."""
     process = subprocess.Popen(
         [sys.executable, __file__, json.dumps([[size, [asdict(job) for job in jobs]] for size, jobs in groups])],

@@ -154,7 +154,7 @@ def test_a_model_folder_is_what_transformers_loads(tmp_path: Path, shared_data: 
         command = [sys.executable, "-m", "fleetune.cli", *arguments]
         environment = {**os.environ, "FLEETUNE_DATA": str(shared_data)}
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

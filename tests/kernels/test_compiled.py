@@ -23,7 +23,7 @@ def usages() -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT / "kernels")
     command = [sys.executable, str(ROOT / "kernels" / "benchmarks" / "compiled.py"), "--json"]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380, check=False)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850, check=False)
     assert ended.stdout, ended.stderr
     found: list[dict[str, Any]] = json.loads(ended.stdout)
     return found
