@@ -2,11 +2,11 @@
 
     python launcher/benchmarks/gradient_cuts.py      # 16 minutes of CPU time
 
-Each loss's gradient over one rank and one micro-batch of 16, without ZeRO, is the reference. Every other cut under
-every ZeRO stage is compared with it in fp32, and in fp64 without ZeRO, since the stages add gradients up in fp32.
-Errors are relative to the norm of the whole reference gradient: of the whole gradient, and of the worst single tensor.
-The fp32 reference is held against fp64 too: no cut is further from it than it is from the truth. On ZeRO-3
-the error of 1 x 1 is there before anything is cut: DeepSpeed's linear layers there add the bias after the product.
+Each loss's gradient over one rank and one micro-batch of 16 is the reference: every other cut is compared with that of
+its own ZeRO stage in fp32, and in fp64 without ZeRO, since the stages add gradients up in fp32. Errors are relative to
+the norm of the whole reference gradient: of the whole gradient, and of the worst single tensor.
+What fp32 and the stages do before anything is cut is recorded beside: the reference without ZeRO against fp64, and the
+other stages' against it (DeepSpeed's linear layers on ZeRO-3 add the bias after the product).
 """
 
 from __future__ import annotations
@@ -87,14 +87,18 @@ def work(rank: int, port: int, cut: tuple[int, int], case: str, stage: int, floa
     found = batch_gradient(runs.Run(run_path(folder, case, cut, stage)), world, CASES[case][1], float64)
     if world.is_main:
         dtype = "fp64" if float64 else "fp32"
-        references = {kind: folder / f"{list(CASES).index(case)}-{kind}.safetensors" for kind in ("fp32", "fp64")}
+
+        def reference(stage: int, dtype: str) -> Path:
+            return folder / f"{list(CASES).index(case)}-zero{stage}-{dtype}.safetensors"
+
         line = {"loss": case, "cut": f"{cut[0]} x {cut[1]}", "zero_stage": stage, "dtype": dtype}
-        if (cut, stage) == (CUTS[0], 0):
-            save_gradient(found, references[dtype])
+        is_reference = cut == CUTS[0]
+        if is_reference:
+            save_gradient(found, reference(stage, dtype))
         if (cut, stage, dtype) != (CUTS[0], 0, "fp64"):
-            # The fp32 reference is itself held against fp64, which says how much of an error fp32 makes anyway.
-            against = "fp64" if (cut, stage) == (CUTS[0], 0) else dtype
-            error = difference(load_file(references[against]), found.tensors)
+            # The references are themselves held against fp64 and against ZeRO-0.
+            against = "fp64" if is_reference and stage == 0 else dtype
+            error = difference(load_file(reference(0 if is_reference else stage, against)), found.tensors)
             line |= {"against": against, "whole": error.whole, "worst": error.worst, "worst_tensor": error.worst_tensor}
             with (folder / "errors.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -138,9 +142,8 @@ def main() -> None:
                 arguments = (_free_port(), cut, case, stage, float64, folder)
                 start_processes(work, arguments, cut[0], start_method="fork")  # type: ignore[no-untyped-call]
         errors = [json.loads(line) for line in (folder / "errors.jsonl").read_text(encoding="utf-8").splitlines()]
-    cuts, rounding = (
-        [e for e in errors if (e["dtype"] != e["against"]) == is_rounding] for is_rounding in (False, True)
-    )
+    uncut = f"{CUTS[0][0]} x {CUTS[0][1]}"
+    cuts = [e for e in errors if e["cut"] != uncut]
     largest = {
         dtype: {which: max(e[which] for e in cuts if e["dtype"] == dtype) for which in ("whole", "worst")}
         for dtype in ("fp32", "fp64")
@@ -154,7 +157,8 @@ def main() -> None:
             "short_window": ROWS % GLOBAL_BATCH,
             "largest": largest,
             "errors": cuts,
-            "fp32_reference_against_fp64": rounding,
+            "fp32_reference_against_fp64": [e for e in errors if e["cut"] == uncut and not e["zero_stage"]],
+            "stages_uncut_against_zero0": [e for e in errors if e["cut"] == uncut and e["zero_stage"]],
         },
     )
 
