@@ -488,6 +488,10 @@ def of_domains() -> Iterator[Fault]:
             ("data.target", {"data.target": {name: target}}, "should be a name of letters, digits, '_' and '-'")
             for name in ("a.b", "7", "", "a/b")
         ),
+        *(
+            ("data.target", {"data.target": {name: target}}, f"{name!r} is what reports call all domains' together")
+            for name in ("source", "all", "validation", "test")
+        ),
         ("data.target.far.train.where", {"data.target.far.train.where": {"label": 1}}, "reads the labels (label)"),
         ("data.target.far.validation", {"data.validation": None}, "is evaluated beside data.validation"),
         ("losses.1.kind", {**regression, "losses": [{"kind": "mse"}, {"kind": "lmmd"}]}, "is for classes"),
@@ -530,6 +534,7 @@ def of_sources() -> Iterator[Fault]:
         ("data.train", {"data.source": {}}, "should be what the model learns from: {path: ...}, or data.source"),
         *((f"data.{split}", {f"data.{split}": plain}, "data.source stands in its place") for split in SPLITS),
         ("data.source", {"data.source": {"a.b": near}}, "'a.b' should be a name of letters"),
+        ("data.source", {"data.source": {"all": near}}, "'all' is what reports call all domains' together"),
         ("data.source", {"data.target": {"near": {"train": plain}}}, "'near' names a domain of data.target too"),
         (
             "data.source",

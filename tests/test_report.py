@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.testing import CliRunner
 
-from fleetune import report, runs
+from fleetune import eval_command, report, runs
 from fleetune.attempts import end_attempt, start_attempt
 from fleetune.cli import app
 from fleetune.cluster.slurm import Job
@@ -130,3 +130,16 @@ def test_an_evaluation_has_a_line_for_each_domain() -> None:
     assert {str(column.header): list(column.cells) for column in table.columns} == {
         "domain": ["all", "books"], "loss": ["0.5000", "0.2500"], "accuracy": ["0.7500", "1.0000"],
     }  # fmt: skip
+
+
+def test_an_evaluation_names_its_paths_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"model": "a[x]", "data": "b[y].tsv", "rows": 9, "metrics": {"loss": 0.5}}
+    console = Console(file=io.StringIO(), width=120)
+    console.print(report.metrics(found))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "a[x] on b[y].tsv (9 rows)" in " ".join(said.split())
+    task = {"task": "t[y]", "rows": 9, "metrics": {"acc": (0.5, None)}}
+    monkeypatch.setattr(eval_command, "answer_of", lambda *_: {"model": "a[x]", "tasks": [task]})
+    said = CliRunner().invoke(app, ["eval", "a[x]", "--lm-eval", "t[y]"]).stdout
+    assert "a[x] by lm-eval" in said
+    assert "t[y]" in said

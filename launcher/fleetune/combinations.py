@@ -144,6 +144,15 @@ def _loss_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
 
 
 _DOMAIN = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_NOT_OF_A_DOMAIN = ("source", "all", "validation", "test")  # of all domains together, where metrics are told by name
+
+
+def _name_faults(key: str, names: list[str]) -> Iterator[tuple[str, Any, str]]:
+    for name in names:
+        if not _DOMAIN.fullmatch(name):
+            yield key, names, f"{name!r} should be a name of letters, digits, '_' and '-'"
+        if name in _NOT_OF_A_DOMAIN:
+            yield key, names, f"{name!r} is what reports call all domains' together; give this one another name"
 
 
 def _source_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
@@ -158,9 +167,8 @@ def _source_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     for key in ("train", "validation", "test"):
         if getattr(data, key) is not None:
             yield f"data.{key}", "...", "data.source stands in its place; leave one of the two out"
+    yield from _name_faults("data.source", list(data.source))
     for name in data.source:
-        if not _DOMAIN.fullmatch(name):
-            yield "data.source", list(data.source), f"{name!r} should be a name of letters, digits, '_' and '-'"
         if name in data.target:
             yield "data.source", list(data.source), f"{name!r} names a domain of data.target too, which is another"
 
@@ -171,9 +179,8 @@ def _domain_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     if targets and recipe.task == "causal_lm":
         yield "data.target", list(targets), "does not fit task: causal_lm; leave it out"
     yield from _source_combinations(recipe)
+    yield from _name_faults("data.target", list(targets))
     for name, target in targets.items():
-        if not _DOMAIN.fullmatch(name):
-            yield "data.target", list(targets), f"{name!r} should be a name of letters, digits, '_' and '-'"
         if data.label_column in target.train.where:
             key = f"data.target.{name}.train.where"
             yield key, target.train.where, f"reads the labels ({data.label_column}) of what is to be unlabelled"

@@ -92,7 +92,8 @@ class Data(Section):
     max_length: Annotated[int, Field(ge=2)] = 128
     """Tokens; what is longer is cut, and counted."""
     cleaning: list[Cleaning] = []
-    """Steps in the order they run; each reports how many rows it touched."""
+    """Steps in the order they run; each reports how many rows it touched. drop_duplicates looks at the training
+    rows of all sources together, and at each target's by themselves."""
     augmentation: list[Augmentation] = []
     """Training rows only, drawn anew every epoch by (seed, epoch, row)."""
 

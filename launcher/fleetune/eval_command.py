@@ -58,7 +58,7 @@ def _by_lm_eval(folder: Path, tasks: str, limit: int | None) -> None:
     from rich.table import Table
 
     report = answer_of("lm_evaluation", [str(folder), tasks, *(["--limit", str(limit)] if limit is not None else [])])
-    table = Table(title=f"{report['model']} by lm-eval", title_justify="left")
+    table = Table(title=f"{escape(report['model'])} by lm-eval", title_justify="left")
     for name in ("task", "metric"):
         table.add_column(name)
     for name in ("rows", "value", "standard error"):

@@ -34,7 +34,8 @@ def findings(found: list[Finding]) -> Table:
 
 def metrics(report: dict[str, Any]) -> Table:
     """What `fleetune eval` found, with a line for each domain of several."""
-    table = Table(title=f"{report['model']} on {report['data']} ({report['rows']} rows)", title_justify="left")
+    title = f"{escape(report['model'])} on {escape(report['data'])} ({report['rows']} rows)"
+    table = Table(title=title, title_justify="left")
     lines: dict[str, dict[str, str]] = {}
     for key, value in report["metrics"].items():
         domain, _, metric = key.rpartition("/")

@@ -82,3 +82,15 @@ def test_steps_run_in_their_order() -> None:
 def test_cleaning_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(DataError, match=r"data.cleaning = \['drop_empty'\]: leaves no training rows"):
         clean({"train": rows("", " ")}, ["drop_empty"])
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_a_duplicate_may_stand_in_another_source_and_the_first_by_name_stays(order: tuple[str, str]) -> None:
+    texts = {"a": ("x", "y", "x"), "b": ("y", "z")}
+    splits = {f"source.{name}.train": rows(*texts[name]) for name in order}
+    splits["source.a.test"], splits["target.far.train"] = rows("z"), rows("x", "w", "w")
+    touched = {"source.a.train": 1, "source.b.train": 1, "target.far.train": 1}
+    assert clean(splits, ["drop_duplicates"]) == {"drop_duplicates": touched}
+    assert splits["source.a.train"].texts == [("x",), ("y",)]
+    assert splits["source.b.train"].texts == [("z",)]
+    assert splits["target.far.train"].texts == [("x",), ("w",)]

@@ -371,7 +371,7 @@ def test_a_split_leaves_test_alone_and_keeps_a_row_on_both_sides(tmp_path: Path,
     assert prepared.report["rows"] == {"train": 2, "validation": 2, "test": 1}
     for fraction, count in ((0.1, 0), (0.9, 4)):
         assert refusal(recipe(train, validation_fraction=fraction), tokenizer) == (
-            f"data.validation_fraction = {fraction}: of 4 rows that is {count} for validation; "
+            f"data.validation_fraction = {fraction}: of the 4 rows of train that is {count} for validation; "
             "both sides need at least one"
         )
 

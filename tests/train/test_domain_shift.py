@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,13 @@ from tiny import recipe_values
 from fleetune import runs
 from fleetune.recipe import parse_recipe
 from fleetune.schema import Recipe
-from fleetune.train import signals
+from fleetune.train import domain_shift, signals
 from fleetune.train.alignment import Asked, Outputs
 from fleetune.train.data import Prepared, Split
 from fleetune.train.distributed import World
 from fleetune.train.domain_shift import measure, only, report, samples, store
+from fleetune.train.loop import defined
+from fleetune.train.shift import two_sample
 
 
 def make_recipe(tmp_path: Path, **evaluation: Any) -> Recipe:
@@ -139,3 +142,63 @@ def test_where_nothing_was_compared_nothing_is_written(tmp_path: Path, run: runs
     store(run, "before", {})
     assert report(run, make_recipe(tmp_path), {}) == {}
     assert list(run.path.iterdir()) == []
+
+
+def test_rows_that_are_not_finite_are_left_out_and_counted(
+    tmp_path: Path, run: runs.Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, broken = make_recipe(tmp_path), features(0.0)
+    broken["train"][3, 1] = torch.inf
+    broken["target.near.train"][:2] = torch.nan
+    broken["target.far.train"][1:] = torch.nan
+    store(run, "before", features(0.0))
+    found = report(run, recipe, broken)
+    assert {name: set(moments) for name, moments in found.items()} == {"near": {"before", "after"}, "far": {"before"}}
+    assert found["near"]["after"]["rows"] == [59, 48]
+    kept = torch.tensor([row for row in range(60) if row != 3])
+    whole = features(0.0)
+    alone = two_sample(whole["train"][kept], whole["target.near.train"][2:], 1, 0)
+    assert found["near"]["after"]["mmd"] == alone.mmd
+    assert [line.partition(" have ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "shift  after training: 1 of the 60 rows of source",
+        "shift  after training: 2 of the 50 rows of near",
+        "shift  after training: 39 of the 40 rows of far",
+    ]
+    assert (run.path / "shift" / "shift.png").exists()
+
+
+def test_where_no_row_is_finite_there_is_nothing_to_report(tmp_path: Path, run: runs.Run) -> None:
+    broken = {name: torch.full_like(rows, torch.nan) for name, rows in features(0.0).items()}
+    assert report(run, make_recipe(tmp_path), broken) == {}
+    assert not (run.path / "shift" / "shift.png").exists()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_features_too_large_for_the_figures_have_none(tmp_path: Path, run: runs.Run) -> None:
+    large = {name: rows * 1e30 for name, rows in features(0.0).items()}
+    after = report(run, make_recipe(tmp_path), large)["near"]["after"]
+    assert math.isnan(after["mmd"])
+    assert math.isnan(after["p_value"])
+    assert defined(after) == {"mmd": None, "p_value": None, "rows": [60, 50]}
+
+
+def test_what_cannot_be_drawn_is_said_and_the_figures_stay(
+    tmp_path: Path, run: runs.Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def draw(file: Path, panels: Any) -> None:
+        file.write_bytes(b"half")
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(domain_shift, "draw_features", draw)
+    assert set(report(run, make_recipe(tmp_path), features(0.0))) == {"near", "far"}
+    assert "the picture could not be drawn: RuntimeError: no font" in capsys.readouterr().out
+    assert [path.name for path in (run.path / "shift").iterdir()] == ["after.safetensors"]
+
+
+def test_a_beginning_that_cannot_be_read_is_told_and_left_out(
+    tmp_path: Path, run: runs.Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store(run, "before", features(0.0))
+    (run.path / "shift" / "before.safetensors").write_bytes(b"")
+    assert set(report(run, make_recipe(tmp_path), features(0.0))["far"]) == {"after"}
+    assert "the features of before training cannot be read" in capsys.readouterr().out

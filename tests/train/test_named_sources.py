@@ -13,7 +13,7 @@ from tiny import recipe_values, write_rows
 from fleetune.recipe import parse_recipe
 from fleetune.schema import Recipe
 from fleetune.train.cleaning import Rows
-from fleetune.train.data import DataError, prepare
+from fleetune.train.data import DataError, Prepared, prepare
 from fleetune.train.model import load_tokenizer
 from fleetune.train.named_sources import training_rows
 
@@ -125,3 +125,34 @@ def test_classes_of_one_number_and_two_names_are_refused(tmp_path: Path) -> None
     recipe = make_recipe(tmp_path, source)
     named = recipe.model_copy(update={"model": recipe.model.model_copy(update={"label_names": ["bad", "good"]})})
     assert len(training_rows(named, splits).texts) == 4
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ([1.0, -1.0], r"row 1 of source\.b\.train \(counted from 0\) has -1\.0, which is no weight"),
+        ([0.0, 0.0], r"every weight of source\.b\.train is 0"),
+    ],
+)
+def test_a_wrong_weight_is_told_by_the_sources_name(tmp_path: Path, weights: list[float], said: str) -> None:
+    for name, of_name in (("a", [1.0, 1.0]), ("b", weights)):
+        rows = [{"text": f"{name}{i}", "label": i, "w": weight} for i, weight in enumerate(of_name)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {name: plain(tmp_path / f"{name}.jsonl") for name in ("a", "b")}
+    recipe = make_recipe(tmp_path, source, weight_column="w")
+    with pytest.raises(DataError, match=rf"data\.weight_column = 'w': {said}"):
+        prepare(recipe, load_tokenizer(recipe))
+
+
+def test_a_source_too_small_for_a_validation_split_is_named(tmp_path: Path) -> None:
+    source = {name: plain(write_rows(tmp_path / f"{name}.jsonl", rows)) for name, rows in (("a", 4), ("b", 1))}
+    recipe = make_recipe(tmp_path, source, validation_fraction=0.25)
+    with pytest.raises(DataError, match=r"of the 1 rows of source\.b\.train that is 0 for validation"):
+        prepare(recipe, load_tokenizer(recipe))
+
+
+def test_what_is_of_which_source_is_worked_out_once() -> None:
+    parts = [{"name": "a", "rows": 2, "first": 0}, {"name": "b", "rows": 2, "first": 5}]
+    prepared = Prepared({}, [], {"parts": {"train": parts}})
+    assert (prepared.place(1), prepared.place(6)) == (("a", 1), ("b", 1))
+    assert prepared.parts is prepared.parts

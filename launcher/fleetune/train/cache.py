@@ -14,7 +14,7 @@ from typing import Any
 from fleetune.schema import Recipe, sources_of
 from fleetune.train.sources import DataError, load_hub
 
-CACHE_FORMAT = 4  # raise it when the arrays or the cleaning change
+CACHE_FORMAT = 5  # raise it when the arrays or the cleaning change
 
 
 def cache_folder() -> Path:

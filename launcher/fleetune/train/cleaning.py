@@ -50,7 +50,8 @@ def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]
 
     Steps that change text run on every split; those that drop rows run on the training splits alone, so that
     validation and test stay the sets that others report on. Those are `train` or the sources' `source.NAME.train`, and
-    the targets' `target.NAME.train`, whose rows have no label to be empty.
+    the targets' `target.NAME.train`, whose rows have no label to be empty. The sources are learnt from as one set, so a
+    row is also a duplicate of one in another source; the first in the order of their names stays.
     """
     report: dict[str, dict[str, int]] = {}
     for step in steps:
@@ -64,10 +65,14 @@ def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]
                         rows.texts[i] = changed
                         touched[name] += 1
         else:
-            trained = [name for name in splits if name.endswith("train")]
+            trained = sorted(
+                (name for name in splits if name.endswith("train")), key=lambda name: (not is_source(name), name)
+            )
             held_out = {texts for name, rows in splits.items() if name not in trained for texts in rows.texts}
+            of_sources: set[tuple[str, ...]] = set()
             for name in trained:
-                kept = _kept(splits[name], step, held_out, is_labelled=is_source(name))
+                seen = of_sources if is_source(name) else set()
+                kept = _kept(splits[name], step, held_out, seen, is_labelled=is_source(name))
                 touched[name] = len(splits[name].texts) - len(kept)
                 splits[name] = splits[name].only(kept)
         report[step] = touched
@@ -78,9 +83,10 @@ def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]
     return report
 
 
-def _kept(rows: Rows, step: str, held_out: set[tuple[str, ...]], *, is_labelled: bool) -> list[int]:
-    """The places of those that a step leaves."""
-    seen: set[tuple[str, ...]] = set()
+def _kept(
+    rows: Rows, step: str, held_out: set[tuple[str, ...]], seen: set[tuple[str, ...]], *, is_labelled: bool
+) -> list[int]:
+    """The places of those that a step leaves; adds the texts to those `seen`."""
     kept = []
     for i, texts in enumerate(rows.texts):
         if step == "drop_empty":

@@ -14,6 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def _read_rows(recipe: Recipe, source: Source, key: str) -> Rows:
     columns = [_texts(table, column, key) for column in text_columns]
     if label_column is None:
         return Rows(list(zip(*columns, strict=True)), [None] * len(table), None, table.index)
-    weights = None if weight_column is None else weights_of(table, weight_column)
+    weights = None if weight_column is None else weights_of(table, weight_column, key)
     labels = [None if isinstance(label, float) and np.isnan(label) else label for label in table.columns[label_column]]
     for i, label in enumerate(labels):
         if not isinstance(label, str | int | float | None):
@@ -195,14 +196,17 @@ class Prepared:
 
     def domains(self, split: str) -> dict[str, slice]:
         """Where the rows of each of data.source stand in the split; empty without."""
-        return spans(self._parts(split))
+        return spans(self.parts.get(split, []))
 
     def place(self, number: int) -> tuple[str | None, int]:
         """Of a training row, by its number in `index`: the name of its source, if it has one, and its row there."""
-        return place(self._parts("train"), number)
+        return place(self.parts.get("train", []), number)
 
-    def _parts(self, split: str) -> list[Part]:
-        return [Part(**part) for part in self.report.get("parts", {}).get(split, [])]
+    @cached_property
+    def parts(self) -> dict[str, list[Part]]:
+        """By split, what is of each source of data.source; empty without."""
+        found = self.report.get("parts", {})
+        return {split: [Part(**part) for part in of_split] for split, of_split in found.items()}
 
 
 def prepare(recipe: Recipe, tokenizer: Any) -> Prepared:
@@ -310,8 +314,8 @@ def _split_off(name: str, train: Rows, fraction: float, seed: int) -> dict[str, 
     count = round(len(train.texts) * fraction)
     if not 0 < count < len(train.texts):
         raise DataError(
-            f"data.validation_fraction = {fraction}: of {len(train.texts)} rows that is {count} for validation; "
-            "both sides need at least one"
+            f"data.validation_fraction = {fraction}: of the {len(train.texts)} rows of {name} that is {count} for "
+            "validation; both sides need at least one"
         )
     order = np.random.default_rng(np.random.SeedSequence([seed, 0x5A11D])).permutation(len(train.texts))
     chosen = set(order[:count].tolist())

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fleetune import runs
@@ -26,6 +27,7 @@ from fleetune.train.data import Prepared, Split
 from fleetune.train.evaluate import rows_of
 from fleetune.train.feature_plot import draw_features
 from fleetune.train.metrics_log import SHIFT_PICTURE
+from fleetune.train.notes import say
 from fleetune.train.setup import Setup
 from fleetune.train.shift import two_sample
 from fleetune.train.sources import Ints
@@ -67,8 +69,8 @@ def only(split: Split, rows: Ints) -> Split:
 def measure(setup: Setup) -> Features:
     """Of the weights as they are, on every rank; a collective.
 
-    None where the recipe has no target, or the model has an encoder and a decoder and so no one last layer. The batches
-    are those of training: the states of all layers are held at once.
+    Empty where the recipe has no target, or the model has an encoder and a decoder and so no one last layer. The
+    batches are those of training: the states of all layers are held at once.
 
     Raises Stopped on every rank, when one of them is asked to stop.
     """
@@ -106,13 +108,13 @@ def store(run: runs.Run, when: str, features: Features) -> None:
 def report(run: runs.Run, recipe: Recipe, after: Features) -> dict[str, Any]:
     """By target: {before: {mmd, p_value, rows: [source, target]}, after: ...}; stores the features, and draws them.
 
-    A run that has lost what it had of its beginning tells its end alone.
+    Rows that are not finite are left out of the figures and the picture, and so is a side with less than two others. A
+    run that has lost what it had of its beginning tells its end alone. Figures that overflow are NaN.
     """
     if not after:
         return {}
     store(run, "after", after)
-    before = run.path / "shift" / "before.safetensors"
-    moments = ({"before": load_file(before)} if before.exists() else {}) | {"after": after}
+    moments = {when: _finite(when, features) for when, features in (_beginning(run) | {"after": after}).items()}
     found: dict[str, Any] = {}
     for when, features in moments.items():
         for split in sorted(features.keys() - {"train"}):
@@ -122,11 +124,50 @@ def report(run: runs.Run, recipe: Recipe, after: Features) -> dict[str, Any]:
             found.setdefault(shown(split), {})[when] = moment
     panels = {}
     for when, features in moments.items():
-        apart = ", ".join(f"{of_target[when]['mmd']:.3g}" for of_target in found.values())
         sides = sorted(features, key=lambda split: (split != "train", split))
+        apart = ", ".join(f"{found[shown(split)][when]['mmd']:.3g}" for split in sides[1:])
         panels[f"{when} training: MMD² {apart}"] = {shown(split): features[split] for split in sides}
-    draw_features(run.path / SHIFT_PICTURE, panels)
+    _draw(run, {title: sides for title, sides in panels.items() if sides})
     return found
+
+
+def _beginning(run: runs.Run) -> dict[str, Features]:
+    try:
+        return {"before": load_file(run.path / "shift" / "before.safetensors")}
+    except FileNotFoundError:
+        return {}
+    except (OSError, SafetensorError) as error:
+        say(f"shift  the features of before training cannot be read: {error}")
+        return {}
+
+
+def _finite(when: str, features: Features) -> Features:
+    """Says what it leaves out; empty where nothing is left to compare."""
+    found = {}
+    for split, rows in features.items():
+        kept = rows[rows.isfinite().all(1)]
+        if len(kept) < len(rows):
+            say(
+                f"shift  {when} training: {len(rows) - len(kept)} of the {len(rows)} rows of {shown(split)} have "
+                "features that are not finite, and are left out"
+            )
+        if len(kept) > 1:
+            found[split] = kept
+    return found if "train" in found and len(found) > 1 else {}
+
+
+def _draw(run: runs.Run, panels: dict[str, Features]) -> None:
+    """By rename; says so where it cannot be drawn."""
+    if not panels:
+        return
+    picture = run.path / SHIFT_PICTURE
+    beside = picture.with_name(f".{picture.name}.{os.getpid()}")
+    try:
+        draw_features(beside, panels)
+        beside.replace(picture)
+    except Exception as error:  # of many kinds: no picture is worth a training that is done
+        beside.unlink(missing_ok=True)
+        say(f"shift  the picture could not be drawn: {type(error).__name__}: {error}")
 
 
 def shown(split: str) -> str:

@@ -35,7 +35,7 @@ def read_rows(recipe: Recipe, source: Source, key: str) -> Rows:
             f"data.{key}.path = {source.path!r}: has none of the columns that a format reads; it has "
             f"{', '.join(table.names)}; data.text_column names the one of plain text"
         )
-    weights = None if weight_column is None else weights_of(table, weight_column)
+    weights = None if weight_column is None else weights_of(table, weight_column, key)
     return Rows([tuple(_texts(row)) for row in rows], rows, weights, table.index)
 
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -297,16 +298,19 @@ def _finish(setup: Setup, progress: Progress, note: Notes) -> bool:
             "peak_memory_mb": round(peak_memory_mb(world)),
         }
         model_folder.write(run, setup.recipe, module, state, setup.tokenizer, setup.data, report)
-        defined = {
-            split: {name: value if math.isfinite(value) else None for name, value in values.items()}
-            for split, values in metrics.items()
-        }
         shift = domain_shift.report(run, setup.recipe, features)
         note.shifted(progress.step, shift)
-        runs.write_json(run.eval, report | defined | ({"shift": shift} if shift else {}))  # JSON knows no NaN
+        runs.write_json(run.eval, defined(report | ({"shift": shift} if shift else {})))
         say("done  " + "  ".join(f"{split}: {figures(values)}" for split, values in metrics.items() if values))
     distributed.barrier()
     return True
+
+
+def defined(value: Any) -> Any:
+    """With None in the place of every number that is not finite: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: defined(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rows(setup: Setup, window: list[MicroBatch]) -> str:

@@ -78,7 +78,8 @@ class Notes:
         """How far each target is from the source, before training and after it."""
         if self.books is None or not shift:
             return
-        self.books.log.write(step, {SHIFT: SHIFT_PICTURE})
+        if (self.books.run.path / SHIFT_PICTURE).exists():
+            self.books.log.write(step, {SHIFT: SHIFT_PICTURE})
         for name, moments in shift.items():
             found = (f"{when} {of['mmd']:.4g} (p {of['p_value']:.3g})" for when, of in moments.items())
             say(f"shift  MMD² between source and {name}: {', '.join(found)}")

@@ -15,6 +15,7 @@ all shuffles at once. Memory: 4 (n + m) bytes a shuffle, and some blocks of BLOC
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,9 @@ class TwoSample:
 
     @property
     def p_value(self) -> float:
+        """NaN where the features are so large that the statistic overflows."""
+        if not (math.isfinite(self.mmd) and self.null.isfinite().all()):
+            return math.nan
         as_large = int((self.null >= self.mmd - self.rounding).sum())
         return (1 + as_large) / (1 + len(self.null))
 

@@ -99,17 +99,17 @@ def row_of(number: Any, key: str) -> str:
     return f"row {number} of {key} (counted from 0)"
 
 
-def weights_of(table: Table, column: str) -> list[float]:
-    """The column of train that weighs its rows. Raises DataError for what is no weight."""
+def weights_of(table: Table, column: str, key: str) -> list[float]:
+    """The column that weighs the rows of this split. Raises DataError for what is no weight."""
     for i, value in enumerate(table.columns[column]):
         if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
             raise DataError(
-                f"data.weight_column = {column!r}: {row_of(table.index[i], 'train')} has {value!r}, "
+                f"data.weight_column = {column!r}: {row_of(table.index[i], key)} has {value!r}, "
                 "which is no weight (a number, 0 or more)"
             )
     weights = [float(value) for value in table.columns[column]]
     if not any(weights):
-        raise DataError(f"data.weight_column = {column!r}: every weight of train is 0")
+        raise DataError(f"data.weight_column = {column!r}: every weight of {key} is 0")
     return weights
 
 
