@@ -13,12 +13,17 @@ import pytest
 from devcluster import DevCluster
 from devcluster import devcluster as run_devcluster
 
+from fleetune.cluster.local import count_gpus
+
 ROOT = Path(__file__).parents[1]
 CACHE = Path(tempfile.mkdtemp(prefix="fleetune-tests-"))
 
 # Read by huggingface_hub and datasets when they are imported, so before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = str(CACHE / "datasets")
+# Without a GPU the kernels run in the interpreter, which Triton asks about once, when it is first imported by whomever.
+if not count_gpus():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 # Judged by the clock, or in need of a cluster.

@@ -301,6 +301,7 @@ def test_what_is_counted_before_anything_starts_is_what_is_built(folder: Path) -
     parameters = list(built(changed).parameters())
     assert counted == {
         "num_hidden_layers": 3,
+        "attention": "sdpa",
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
     }
