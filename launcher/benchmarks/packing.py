@@ -3,8 +3,8 @@
     FLEETUNE_DATA=... python launcher/benchmarks/packing.py      # about 10 minutes on 2 cores
 
 The gradient of one global batch of 500 of Alpaca's examples through a pretrained Llama of 260,000 parameters, packed to
-512 tokens and one by one, in fp64 and in fp32, one rank without ZeRO. The padding is of whole data sets, in packs of 512
-tokens, which many of their rows fill alone in that model's 512 word pieces, and of 2,048.
+512 tokens and one by one, in fp64 and in fp32, one rank without ZeRO. The padding is of whole data sets, in packs of
+512 tokens, which many of their rows fill alone in that model's 512 word pieces, and of 2,048.
 """
 
 from __future__ import annotations
