@@ -357,11 +357,8 @@ def _training_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
 def _packing_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
     attention, rows = recipe.model.attn_implementation, recipe.training.per_device_train_batch_size
     if recipe.data.packing and attention is not None and attention.startswith("flash") and rows > 1:
-        yield (
-            "training.per_device_train_batch_size",
-            rows,
-            f"{attention} keeps packed examples apart in a single row only: 1, and a longer data.max_length",
-        )
+        message = f"{attention} keeps packed examples apart in a single row only: 1, and a longer data.max_length"
+        yield "training.per_device_train_batch_size", rows, message
 
 
 def _sequence_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
