@@ -14,6 +14,7 @@ from torch import nn
 
 from fleetune.recipe import dump_recipe
 from fleetune.schema import Recipe, RecipeError
+from fleetune.train.head import apart
 from fleetune.train.lora import is_adapter, merge
 from fleetune.train.quantization import is_quantized, unquantized
 from fleetune.train.report import print_report
@@ -86,21 +87,16 @@ def _write(recipe: Recipe, path: Path, beside: Path, dtype: str | None) -> dict[
         (beside / "README.md").write_text(card, encoding="utf-8")
     del model
     written = load_trained(whole, beside, trust=trust)
-    difference = _difference(_logits(written), truth)
+    difference = float(apart(_logits(written), truth))
     if not difference <= CLOSE.get(written.dtype, 0.05):
         raise RuntimeError(f"the exported model's logits are off by {difference:.1e} of the largest; nothing is kept")
-    found = {} if trained is None else {"from_quantized": _difference(truth, trained)}
+    found = {} if trained is None else {"from_quantized": float(apart(truth, trained))}
     return {
         **found,
         "dtype": str(written.dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in written.parameters()),
         "difference": difference,
     }
-
-
-def _difference(logits: torch.Tensor, truth: torch.Tensor) -> float:
-    """The largest, relative to the largest logit."""
-    return float((logits - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
 
 
 @torch.no_grad()

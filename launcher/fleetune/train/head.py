@@ -71,6 +71,11 @@ def _logit_terms(config: Any) -> tuple[float, float | None]:
 
 
 @torch.no_grad()
+def apart(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:  # scalar
+    """The largest difference, relative to the largest logit."""
+    return (logits - truth).abs().max() / truth.abs().max().clamp(min=1e-30)
+
+
 def check_head(forward: Callable[..., Any], recipe: Recipe, config: Any, device: torch.device) -> None:
     """That the model makes its logits as `Head` says: a family may do more to them. A collective on ZeRO-3.
 
@@ -80,7 +85,7 @@ def check_head(forward: Callable[..., Any], recipe: Recipe, config: Any, device:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     plain = forward(**inputs).logits
     fused = forward(**inputs, compute=lambda head, _: head.logits())
-    difference = float((plain - fused).abs().max() / plain.abs().max().clamp(min=1e-30))
+    difference = float(apart(fused, plain))
     if not difference <= CLOSE.get(plain.dtype, 0.05):
         raise RecipeError(
             f"kernels = {recipe.kernels!r}: a {config.model_type} model makes its logits in a way of its own (they are "

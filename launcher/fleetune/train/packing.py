@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fleetune.schema import RecipeError
-from fleetune.train.head import CLOSE, PROBE
+from fleetune.train.head import CLOSE, PROBE, apart
 from fleetune.train.sources import Ints
 
 
@@ -54,7 +54,7 @@ def check_packs(forward: Callable[..., Any], config: Any, micro_batch_size: int,
     positions = (torch.arange(2 * PROBE, device=device) % PROBE).expand(rows, -1)
     packed = forward(input_ids=ids, position_ids=positions, use_cache=False).logits[:, PROBE:]
     alone = forward(input_ids=ids[:, PROBE:], position_ids=positions[:, PROBE:], use_cache=False).logits
-    difference = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-30))
+    difference = float(apart(packed, alone))
     if not difference <= CLOSE.get(alone.dtype, 0.05):
         raise RecipeError(
             f"data.packing = True: a {config.model_type} model with {config._attn_implementation} attention does not "

@@ -25,7 +25,7 @@ from torch import nn
 from fleetune.schema import RecipeError
 from fleetune.train.batches import IGNORED, MicroBatch
 from fleetune.train.distributed import World
-from fleetune.train.head import CLOSE
+from fleetune.train.head import CLOSE, apart
 
 WHOLE = "whole_position_ids"  # (B, L) of the sequences whose slices the model reads; attention gets it as a keyword
 
@@ -228,8 +228,7 @@ def check_shared(forward: Callable[..., Any], size: int, config: Any, world: Wor
         whole = forward(input_ids=ids, position_ids=positions, use_cache=False).logits[:, here]
         inputs = {"input_ids": ids[:, here], "position_ids": positions[:, here], WHOLE: positions}
         shared = forward(**inputs, use_cache=False).logits
-        worst = (whole - shared).abs().max() / whole.abs().max().clamp(min=1e-30)
-        worst = worst.nan_to_num(nan=math.inf)  # which the reduction may drop
+        worst = apart(shared, whole).nan_to_num(nan=math.inf)  # which the reduction may drop
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         if not float(worst) <= CLOSE.get(whole.dtype, 0.05):
             raise RecipeError(

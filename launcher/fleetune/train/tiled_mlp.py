@@ -31,12 +31,11 @@ def tiles_of(recipe: Recipe, config: Any) -> int:
 def mlps_of(model: nn.Module) -> list[nn.Module]:
     """One of each layer. Raises ValueError where the model has none by that name, or it takes more than its input."""
     found = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "mlp"]
+    kind = getattr(model.config, "model_type", None)
     if not found:
-        kind = getattr(model.config, "model_type", None)
         raise ValueError(f"model.mlp_tiles: the layers of a {kind} model have no module `mlp`; leave it out")
     needed = [p for p in inspect.signature(found[0].forward).parameters.values() if p.default is p.empty]
     if len(needed) > 1:
-        kind = getattr(model.config, "model_type", None)
         raise ValueError(f"model.mlp_tiles: the MLP of a {kind} model takes more than its input; leave it out")
     return found
 
