@@ -133,9 +133,9 @@ def test_asked_to_stop_it_saves_what_is_done_and_goes_on_as_the_same_run(
 
 def test_asked_to_stop_while_it_evaluates_it_does_not_finish_that_first(workspace: Path) -> None:
     """The evaluation is done when the run goes on, and stands in the metrics once."""
-    long = write_rows(workspace / "long.jsonl", 1500, seed=3)
+    long = write_rows(workspace / "long.jsonl", 4000, seed=3)  # some seconds, however fast the machine
     values = {"data": {"train": {"path": str(workspace / "train.jsonl")}, "validation": {"path": str(long)}}}
-    made = recipe(workspace, "evaluating", **values, evaluation={"per_device_eval_batch_size": 4, "eval_steps": 2})
+    made = recipe(workspace, "evaluating", **values, evaluation={"per_device_eval_batch_size": 1, "eval_steps": 2})
     made = made.model_copy(update={"training": made.training.model_copy(update={"max_steps": 3})})
     process = start(made)
     until(process, "step  2/")

@@ -16,7 +16,7 @@ from wandb_server import serving, wandb_environment, without_wandb
 from fleetune import runs
 from fleetune.train.metrics_log import read_metrics
 
-STEPS = 40
+STEPS = 400  # some seconds of training on a fast machine: the interruption falls into it
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -27,7 +27,7 @@ def sent(tmp_path: Path) -> tuple[str, ...]:
     write_model(tmp_path / "model")
     write_rows(tmp_path / "train.jsonl", 90)
     values = recipe_values(
-        tmp_path, "offline", checkpoint={"save_steps": 4}, tracking={"wandb": {"project": "p", "mode": "auto"}}
+        tmp_path, "offline", checkpoint={"save_steps": 20}, tracking={"wandb": {"project": "p", "mode": "auto"}}
     )
     values["data"].pop("validation")
     values["training"] |= {"max_steps": STEPS}
