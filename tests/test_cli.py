@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import recipe_values, write_model, write_rows
 from typer.testing import CliRunner
 
 from fleetune.cli import _show_data, app
@@ -159,6 +160,23 @@ def test_a_recipe_in_a_profiles_place_is_told_in_a_line() -> None:
     done = CliRunner().invoke(app, ["submit", recipe, "--cluster", recipe])
     said = f"error: {recipe}: is a recipe, not a cluster profile; it goes first, and --cluster names a profile\n"
     assert (done.exit_code, done.stderr) == (2, said)
+
+
+def test_a_recipe_is_checked_for_the_nodes_and_gpus_of_a_profile(tmp_path: Path) -> None:
+    """In a precision that this machine may not have: it runs elsewhere."""
+    write_model(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", 64)
+    write_rows(tmp_path / "validation.jsonl", 16)
+    values = recipe_values(tmp_path, "there", deepspeed={"zero_stage": 2}, training={"global_batch_size": 64})
+    values["training"] |= {"fp16": True, "per_device_train_batch_size": 4}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
+    given = ["check", str(tmp_path / "recipe.yaml"), "--cluster", str(ROOT / "slurm" / "gpu8.yaml")]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    assert "64 examples a step = 16 rank(s)" in done.output
+    assert "fits its 80.0 GB" in done.output
+    refused = CliRunner().invoke(app, [*given, "--nodes", "3"])
+    assert (refused.exit_code, "leave the other options out" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(("rows", "warned"), [(64, False), (63, True), (1, True)])

@@ -82,7 +82,9 @@ def _plan(nodes: int, nproc_per_node: int | None) -> Layout:
         fail(str(error))
 
 
-def _prepare(file: Path, recipe: Recipe, layout: Layout, stop: Stop | None = None) -> tuple[Recipe, dict[str, Any]]:
+def _prepare(
+    file: Path, recipe: Recipe, layout: Layout, stop: Stop | None = None, elsewhere: bool = False
+) -> tuple[Recipe, dict[str, Any]]:
     """Checks the recipe against its model, data and machine; leaves the program where they do not fit.
 
     Returns the recipe as it runs here, and the report.
@@ -93,12 +95,12 @@ def _prepare(file: Path, recipe: Recipe, layout: Layout, stop: Stop | None = Non
 
     try:
         cut_batch(recipe.training, layout.world_size)
-        report = local.prepare(recipe, stop)
+        report = local.prepare(recipe, stop, elsewhere)
     except RecipeError as error:
         fail("\n".join(f"{file}: {line}" for line in str(error).splitlines()))
     except local.PreparationFailed as error:
         fail(f"preparing failed:\n{error}", 1)
-    resolved = local.in_this_machines_precision(recipe, report)
+    resolved = recipe if elsewhere else local.in_this_machines_precision(recipe, report)
     if resolved is not recipe:
         typer.echo("warning   training.bf16: this CPU has no arithmetic for bf16; fp32 is faster here and is used")
     return resolved, report | {"fp32_for_bf16": resolved is not recipe}
@@ -175,6 +177,9 @@ def check(
     gpu_memory: Annotated[
         float | None, typer.Option(min=1.0, help="GB that a GPU has; this machine's when absent.", show_default=False)
     ] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(metavar="PROFILE", help="In place of this machine.", show_default=False)
+    ] = None,
 ) -> None:
     """Validate a recipe, show what it comes to, open its data. Nothing is started."""
     from fleetune.batch import cut_batch, steps_per_epoch, total_steps
@@ -182,8 +187,12 @@ def check(
     from fleetune.report import memory_lines, print_example, split_lines
 
     loaded = load(recipe, overrides)
-    layout = _plan(nodes, nproc_per_node)
-    loaded, report = _prepare(recipe, loaded, layout)
+    layout, gpus = _plan(nodes, nproc_per_node), ["--gpu-memory", str(gpu_memory)] if gpu_memory else []
+    if cluster is not None:
+        if nodes > 1 or nproc_per_node or gpu_memory:
+            fail(f"--cluster {cluster}: says how many nodes, ranks and GB there are; leave the other options out")
+        layout, gpus = _layout_of(cluster)
+    loaded, report = _prepare(recipe, loaded, layout, elsewhere=cluster is not None)
     batch = cut_batch(loaded.training, layout.world_size)
     typer.echo(dump_recipe(loaded))
     typer.echo(f"batch     {batch}")
@@ -194,7 +203,7 @@ def check(
     typer.echo(
         f"model     {report['parameters'] / 1e6:.1f}M parameters, {report['trainable_parameters'] / 1e6:.1f}M trainable"
     )
-    memory = ["--ranks", str(layout.world_size), *(["--gpu-memory", str(gpu_memory)] if gpu_memory else [])]
+    memory = ["--ranks", str(layout.world_size), *gpus]
     with _recipe_file(loaded) as file:
         found = answer_of("memory", [file, *memory])
     for line in [*memory_lines(loaded, found), *split_lines(loaded, report)]:
@@ -202,6 +211,23 @@ def check(
     _show_data(loaded, layout, report)
     if "example" in report:
         print_example(report["example"]["train"])
+
+
+def _layout_of(cluster: Path) -> tuple[Layout, list[str]]:
+    """Of a profile; and what the estimate of memory is to know of its GPUs."""
+    from fleetune.cluster.local import Layout
+    from fleetune.cluster.profile import load_profile
+    from fleetune.schema import RecipeError
+
+    try:
+        profile = load_profile(cluster)
+    except RecipeError as error:
+        fail(str(error))
+    memory = ["--gpu-memory", str(profile.gpu_memory)] if profile.gpu_memory else []
+    device = ["--device", "cuda" if profile.gpus_per_node else "cpu"]
+    return Layout(profile.nodes, profile.ranks, profile.cpus_per_rank), device + (
+        memory if profile.gpus_per_node else []
+    )
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ def test_the_cheapest_change_that_makes_it_fit_is_named(folder: Path) -> None:
 
 def test_what_is_advised_keeps_the_global_batch_and_says_each_key_once() -> None:
     values = {"global_batch_size": None, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
-    found = list(lighter(recipe(Path("/"), training=values, deepspeed={"zero_stage": 0})))
+    found = list(lighter(recipe(Path("/"), training=values, deepspeed={"zero_stage": 0}), lambda changed: True))
     names = [" ".join(names) for names, _ in found]
     assert len(set(names)) == len(names)
     assert names[:2] == [
@@ -113,8 +113,37 @@ def test_what_is_advised_keeps_the_global_batch_and_says_each_key_once() -> None
     everything, changed = found[-1]
     assert everything[0] == "deepspeed.zero_stage=3"
     assert sum(name.startswith("deepspeed.zero_stage") for name in everything) == 1
-    assert changed.training.per_device_train_batch_size * (changed.training.gradient_accumulation_steps or 1) == 16
+    training = changed.training
+    assert (training.per_device_train_batch_size, training.sequence_parallel_size) == (1, 8)
+    assert training.gradient_accumulation_steps == 16 * 8  # a step's sequences are read by an eighth of the ranks
+    assert changed.model.mlp_tiles == "auto"
     assert changed.deepspeed.offload_param == "cpu"
+
+
+def test_only_what_is_possible_is_advised(folder: Path) -> None:
+    write_language_model(folder / "model", num_hidden_layers=4, hidden_size=8, head_dim=2, intermediate_size=512)
+    values = {"per_device_train_batch_size": 1, "global_batch_size": 2}
+    heavy = recipe(folder, training=values, deepspeed={"zero_stage": 3}, model={"gradient_checkpointing": True})
+    height = report(heavy, 2, 1e-6)["height"] / 1e9
+    assert report(heavy, 2, 0.97 * height)["change"] == ["model.mlp_tiles=auto"]
+    heavy = heavy.model_copy(update={"model": heavy.model.model_copy(update={"mlp_tiles": 4})})
+    height = report(heavy, 2, 1e-6)["height"] / 1e9
+    assert report(heavy, 2, 0.97 * height)["change"] == ["training.sequence_parallel_size=2"]
+    everything = report(heavy, 2, 0.5 * height)["change"]
+    assert everything[-1:] == ["deepspeed.offload_optimizer=cpu"]
+    assert "training.sequence_parallel_size=4" not in everything  # of 2 ranks
+
+
+def test_the_mask_of_packs_is_counted_in_each_layer(folder: Path) -> None:
+    data = recipe_values(folder, "memory")["data"]
+
+    def packed(length: int) -> Recipe:
+        return recipe(folder, data={**data, "max_length": length, "packing": True})
+
+    short, long = (report(packed(length), 2, None)["activations"] for length in (32, 64))
+    rows = packed(32).training.per_device_train_batch_size
+    mask = rows * 32**2 * 4 * 4  # four layers' in fp32
+    assert long - 2 * short == pytest.approx(2 * mask, rel=0.05)  # four times the pairs; all else twice
 
 
 def test_a_model_that_cannot_be_counted_is_said_to_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

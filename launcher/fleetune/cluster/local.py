@@ -129,8 +129,10 @@ def rank_environment() -> dict[str, str]:
     return {**quiet, **memory, **os.environ}
 
 
-def prepare(recipe: Recipe, stop: Stop | None = None) -> dict[str, Any]:
+def prepare(recipe: Recipe, stop: Stop | None = None, elsewhere: bool = False) -> dict[str, Any]:
     """Checks the recipe against model, data and machine and fills the token cache, in a process of its own.
+
+    `elsewhere`: not against this machine, on which it will not run.
 
     Raises:
         RecipeError: something does not fit.
@@ -141,7 +143,7 @@ def prepare(recipe: Recipe, stop: Stop | None = None) -> dict[str, Any]:
         file.write(dump_recipe(recipe))
         file.flush()
         process = subprocess.Popen(
-            [sys.executable, "-m", "fleetune.train.prepare", file.name],
+            [sys.executable, "-m", "fleetune.train.prepare", file.name, *(["--elsewhere"] if elsewhere else [])],
             env=rank_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -174,6 +174,8 @@ class Profile(Section):
     """None trains on CPUs."""
     gpu_type: Word | None = None
     """As in the cluster's gres: h100, a100."""
+    gpu_memory: Annotated[float, Field(ge=1.0)] | None = None
+    """GB that each GPU has, e.g. 80: `fleetune check --cluster` says whether a recipe fits."""
     ranks_per_node: Count | None = None
     """The GPUs of a node when absent; on nodes without any, 1."""
     cpus_per_rank: Count = 1

@@ -1,6 +1,6 @@
 """What one rank's memory comes to at its height, before anything is started.
 
-    python -m fleetune.train.memory RECIPE [--ranks N] [--gpu-memory GB]
+    python -m fleetune.train.memory RECIPE [--ranks N] [--gpu-memory GB] [--device cpu|cuda]
 
 Weights, gradients and optimizer follow from the ZeRO stage; buckets are DeepSpeed's. Activations are counted, not
 guessed: a model of one layer and one of two, of the recipe's shapes but without memory, run forward once, and what
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from typing import Any
 import torch
 
 from fleetune.batch import cut_batch
+from fleetune.combinations import combinations
 from fleetune.losses import OF_DOMAINS
 from fleetune.recipe import parse_recipe
 from fleetune.schema import Recipe, target_splits, teachers_of
+from fleetune.train.model import check_heads
 from fleetune.train.quantization import is_quantized, quantized_bytes, quantized_weights
 from fleetune.train.report import print_report
 
@@ -252,31 +254,46 @@ CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (  # from the cheapest on
     ("deepspeed", {"zero_stage": 2}),
     ("training", {"per_device_train_batch_size": 1}),
     ("model", {"gradient_checkpointing": True}),
+    ("model", {"mlp_tiles": "auto"}),
     ("deepspeed", {"zero_stage": 3}),
+    ("training", {"sequence_parallel_size": 2}),
+    ("training", {"sequence_parallel_size": 4}),
+    ("training", {"sequence_parallel_size": 8}),
     ("deepspeed", {"offload_optimizer": "cpu"}),
     ("deepspeed", {"offload_param": "cpu"}),
 )
 
 
-def lighter(recipe: Recipe) -> Iterator[tuple[list[str], Recipe]]:
-    """Each cheaper-to-dearer change that is one here, by itself, and then with those before it."""
+def lighter(recipe: Recipe, possible: Callable[[Recipe], bool]) -> Iterator[tuple[list[str], Recipe]]:
+    """Each cheaper-to-dearer change that is one here and possible, by itself, and then with those before it."""
     together: dict[str, Any] = {}
     for section, values in CHANGES:
         own = getattr(recipe, section)
         ((key, value),) = values.items()
-        if getattr(own, key) == value or (key == "zero_stage" and own.zero_stage > value):
+        here = getattr(own, key)
+        if here == value or (key in ("zero_stage", "sequence_parallel_size") and here > value):
             continue
         if is_quantized(recipe) and (key, value) in (("zero_stage", 3), ("offload_param", "cpu")):
             continue
-        alone = {f"{section}.{key}": value}
-        if key == "per_device_train_batch_size" and own.global_batch_size is None:
-            # The global batch stays as it is: a smaller micro-batch is accumulated.
-            steps = own.per_device_train_batch_size * (own.gradient_accumulation_steps or 1)
-            alone["training.gradient_accumulation_steps"] = steps
+        if key == "mlp_tiles" and here is not None:
+            continue
+        alone = _change(recipe, section, key, value)
+        if not possible(_changed(recipe, alone)):
+            continue
         if together and key not in ("offload_optimizer", "offload_param"):
             yield _named(alone), _changed(recipe, alone)
-        together |= alone
+        together |= _change(_changed(recipe, together), section, key, value)
         yield _named(together), _changed(recipe, together)
+
+
+def _change(recipe: Recipe, section: str, key: str, value: Any) -> dict[str, Any]:
+    """With what keeps the global batch as it is: smaller micro-batches, or of fewer readers, are accumulated."""
+    training, values = recipe.training, {f"{section}.{key}": value}
+    if training.global_batch_size is None and section == "training":
+        here = getattr(training, key)
+        ratio = max(here, value) // min(here, value)
+        values["training.gradient_accumulation_steps"] = ratio * (training.gradient_accumulation_steps or 1)
+    return values
 
 
 def _named(values: dict[str, Any]) -> list[str]:
@@ -290,8 +307,8 @@ def _changed(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def report(recipe: Recipe, ranks: int, gpu_memory: float | None) -> dict[str, Any]:
-    """Raises RecipeError, DataError or ModelError."""
+def report(recipe: Recipe, ranks: int, gpu_memory: float | None, device: str | None = None) -> dict[str, Any]:
+    """Of a device like this machine's, where nothing is said of it. Raises RecipeError, DataError or ModelError."""
     from fleetune.train.data import prepare
     from fleetune.train.model import load_config, load_tokenizer
 
@@ -299,10 +316,10 @@ def report(recipe: Recipe, ranks: int, gpu_memory: float | None) -> dict[str, An
     config = load_config(recipe, prepared.label_names)
     splits = [prepared.splits[name] for name in ("train", *target_splits(recipe))]
     longest = recipe.data.max_length if recipe.data.packing else max(int(split.lengths.max()) for split in splits)
-    device = "cuda" if gpu_memory is not None or torch.cuda.is_available() else "cpu"
     limit = None if gpu_memory is None else gpu_memory * 1e9
-    if limit is None and torch.cuda.is_available():
+    if limit is None and device is None and torch.cuda.is_available():
         limit = float(torch.cuda.get_device_properties(0).total_memory)
+    device = device or ("cpu" if limit is None else "cuda")
     try:
         model = measure(recipe, longest, ranks, prepared.label_names, config)
     except Exception as error:  # a family may do what cannot be done without memory
@@ -318,12 +335,22 @@ def _cheapest(
     recipe: Recipe, longest: int, ranks: int, label_names: list[str], config: Any, limit: float
 ) -> tuple[list[str], int]:
     """What is to be changed, and the height then; nothing, where nothing helps."""
-    for names, changed in lighter(recipe):
+
+    def height_of(changed: Recipe) -> int:
+        return estimate(changed, measure(changed, longest, ranks, label_names, config), ranks, "cuda").height
+
+    def is_possible(changed: Recipe) -> bool:
+        if next(combinations(changed), None) is not None:
+            return False
         try:
-            height = estimate(changed, measure(changed, longest, ranks, label_names, config), ranks, "cuda").height
-        except ValueError:  # the batch does not divide so
-            continue
-        if height <= limit:
+            check_heads(config, changed.training.sequence_parallel_size)
+            height_of(changed)
+        except ValueError:  # the batch does not divide so, or the model has no such layers
+            return False
+        return True
+
+    for names, changed in lighter(recipe, is_possible):
+        if (height := height_of(changed)) <= limit:
             return names, height
     return [], 0
 
@@ -333,9 +360,10 @@ def main() -> int:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--gpu-memory", type=float)
+    parser.add_argument("--device", choices=("cpu", "cuda"))
     given = parser.parse_args()
     recipe = parse_recipe(given.recipe.read_text(encoding="utf-8"), str(given.recipe))
-    return print_report(lambda: report(recipe, given.ranks, given.gpu_memory))
+    return print_report(lambda: report(recipe, given.ranks, given.gpu_memory, given.device))
 
 
 if __name__ == "__main__":

@@ -45,14 +45,18 @@ def has_fast_bf16() -> bool:
     return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def prepare_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Raises RecipeError, DataError or ModelError, each naming the key."""
+def prepare_recipe(recipe: Recipe, elsewhere: bool = False) -> dict[str, Any]:
+    """`elsewhere`: it will run on other machines than this one.
+
+    Raises RecipeError, DataError or ModelError, each naming the key.
+    """
     from fleetune.train.data import prepare
     from fleetune.train.model import load_config, load_tokenizer, padding_id
     from fleetune.train.quantization import check_quantization
     from fleetune.train.sequence_parallel import check_attention
 
-    check_machine(recipe)
+    if not elsewhere:
+        check_machine(recipe)
     tokenizer = load_tokenizer(recipe)
     prepared = prepare(recipe, tokenizer)
     config = load_config(recipe, prepared.label_names)
@@ -192,8 +196,8 @@ def _count_parameters(recipe: Recipe, config: Any) -> dict[str, Any]:
 
 
 def main() -> int:
-    file = Path(sys.argv[1])
-    return print_report(lambda: prepare_recipe(parse_recipe(file.read_text(encoding="utf-8"), str(file))))
+    file, elsewhere = Path(sys.argv[1]), "--elsewhere" in sys.argv
+    return print_report(lambda: prepare_recipe(parse_recipe(file.read_text(encoding="utf-8"), str(file)), elsewhere))
 
 
 if __name__ == "__main__":
