@@ -32,6 +32,7 @@ ALONE = (
     "integration/test_interruptions.py",
     "integration/test_run.py",
     "integration/test_slurm.py",
+    "integration/test_slurm_recipes.py",
     "integration/test_slurm_wandb.py",
     "integration/test_wandb_outages.py",
     "test_runs.py",

@@ -309,7 +309,8 @@ def _table(columns: list[dict[str, str]]) -> Table:
 
 def _origin(recipe: Recipe) -> str:
     """Where its weights come from, and what it learns from beside the labels."""
-    drawn = "from scratch" if recipe.model.from_scratch else "pretrained" if recipe.model.lora is None else "LoRA"
+    lora = recipe.model.lora
+    drawn = "from scratch" if recipe.model.from_scratch else "pretrained" if lora is None else lora.kind
     return f"{drawn}, distilled" if teachers_of(recipe) else drawn
 
 

@@ -37,3 +37,8 @@ class Lora(Section):
     """QLoRA: holds the frozen weights in 4 bits, by bitsandbytes; nf4 is made for weights that are spread normally."""
     use_rslora: bool = False
     """Divides lora_alpha by the root of r, so that a high rank learns as fast as a low one (arXiv 2312.03732)."""
+
+    @property
+    def kind(self) -> str:
+        """As people call it."""
+        return "LoRA" if self.quantization is None else "QLoRA"

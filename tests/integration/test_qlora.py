@@ -138,6 +138,9 @@ def test_an_adapter_is_evaluated_as_it_was_trained_and_merged_into_whole_weights
     assert found["difference"] < (0.02 if name == "bf16" else 1e-5)
     assert 0 < found["from_quantized"] < 0.5
     assert "quantiz" not in (tmp_path / "merged" / "config.json").read_text(encoding="utf-8")
+    said = [(tmp_path / place / "README.md").read_text(encoding="utf-8") for place in ("adapter", "merged")]
+    assert "QLoRA adapter, fine-tuned" in said[0]
+    assert "with a QLoRA adapter merged, fine-tuned" in said[1]
     merged = evaluate_folder(tmp_path / "merged", None, "validation")["metrics"]
     assert merged["loss"] == pytest.approx(report["loss"], rel=0.1)
 

@@ -105,11 +105,14 @@ def test_numbers_and_nothing_are_text_too(tmp_path: Path, tokenizer: Any) -> Non
 
 
 @pytest.mark.parametrize("cell", [["a", "b"], {"a": 1}])
-def test_a_list_is_no_text(tmp_path: Path, tokenizer: Any, cell: Any) -> None:
-    train = jsonl(tmp_path / "train.jsonl", [{"text": "a", "label": 0}, {"text": cell, "label": 0}])
+@pytest.mark.parametrize("column", ["text", "other"])
+def test_a_list_is_no_text(tmp_path: Path, tokenizer: Any, column: str, cell: Any) -> None:
+    row = {"text": "a", "other": "b", "label": 0}
+    train = jsonl(tmp_path / "train.jsonl", [row, row | {column: cell}])
+    field = {"text": "text_column", "other": "text_pair_column"}[column]
     assert (
-        refusal(recipe(train), tokenizer)
-        == f"data.text_column = 'text': row 1 of train (counted from 0) has {cell}, which is no text"
+        refusal(recipe(train, text_pair_column="other"), tokenizer)
+        == f"data.{field} = {column!r}: row 1 of train (counted from 0) has {cell}, which is no text"
     )
 
 

@@ -48,7 +48,7 @@ def _read_rows(recipe: Recipe, source: Source, key: str) -> Rows:
     for field, column in {**given, "label_column": label_column, "weight_column": weight_column}.items():
         if column is not None and column not in table.columns:
             raise no_column(f"data.{field}", column, table.names)
-    columns = [_texts(table, column, key) for column in text_columns]
+    columns = [_texts(table, field, column, key) for field, column in given.items() if column is not None]
     if label_column is None:
         return Rows(list(zip(*columns, strict=True)), [None] * len(table), None, table.index)
     weights = None if weight_column is None else weights_of(table, weight_column, key)
@@ -65,11 +65,11 @@ def _read_rows(recipe: Recipe, source: Source, key: str) -> Rows:
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _texts(table: Table, column: str, key: str) -> list[str]:
+def _texts(table: Table, field: str, column: str, key: str) -> list[str]:
     cells = table.columns[column]
 
     def place(i: int) -> str:
-        return f"data.text_column = {column!r}: {row_of(table.index[i], key)}"
+        return f"data.{field} = {column!r}: {row_of(table.index[i], key)}"
 
     for i, cell in enumerate(cells):
         if not isinstance(cell, str):

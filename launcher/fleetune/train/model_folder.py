@@ -57,7 +57,7 @@ def card(recipe: Recipe, data: Prepared, report: dict[str, Any]) -> str:
         lines.append(f"base_model: {recipe.model.model_name_or_path}")
     lines += ["tags: [fleetune]", "---", "", f"# {recipe.name}", ""]
     origin = "drawn from scratch in the architecture of" if recipe.model.from_scratch else "fine-tuned from"
-    kind = "model" if recipe.model.lora is None else "LoRA adapter"
+    kind = "model" if recipe.model.lora is None else f"{recipe.model.lora.kind} adapter"
     lines += [
         f"A {'language' if language else recipe.task} {kind}, {origin} `{recipe.model.model_name_or_path}`, "
         f"{report['parameters'] / 1e6:.1f}M parameters, "
