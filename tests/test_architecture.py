@@ -44,7 +44,7 @@ RULES = (
     Rule(
         f"{FLEETUNE}/**/*.py",
         ("fleetune_kernels",),
-        tuple(f"{FLEETUNE}/train/{name}.py" for name in ("objectives", "domains", "model", "shift")),
+        tuple(f"{FLEETUNE}/train/{name}.py" for name in ("objectives", "teacher_terms", "domains", "model", "shift")),
     ),
     # torch and what brings it stand in train/ alone; the launcher starts it as a program.
     Rule(f"{FLEETUNE}/*.py", (*HEAVY, "fleetune.train")),

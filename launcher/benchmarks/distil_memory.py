@@ -32,6 +32,7 @@ from fleetune.train.alignment import Asked, Outputs, run
 from fleetune.train.batches import IGNORED, MicroBatch
 from fleetune.train.head import fuse_head
 from fleetune.train.objectives import build_terms
+from fleetune.train.window import Replay, weighted
 
 HEADS, TOKENS, WIDTHS = (32_000, 128_256), 1024, (256, 512)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,8 +89,7 @@ def ours(rows: int, kernels: str, divergence: str) -> Step:
     counts = [term.divisor(micro) for term in terms]
 
     def loss_of(taught: Outputs, outputs: Outputs) -> torch.Tensor:
-        each = [t.weight * t.forward(outputs, [taught], micro, n) for t, n in zip(terms, counts, strict=True)]
-        return torch.stack(each).sum()
+        return weighted(terms, 0.0, [taught], micro, Replay(), counts, outputs).sum()
 
     def step() -> dict[str, torch.Tensor]:
         with torch.no_grad():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fleetune import cluster_commands, eval_command, export_command, shift_command
+from fleetune import cluster_commands, eval_command, export_command, shift_command, sizes
+from fleetune.preparing import layout_of, plan, prepare, recipe_file
 from fleetune.terminal import Nodes, Nproc, Overrides, RecipeFile, answer_of, fail, load, print_table
 
 if TYPE_CHECKING:
@@ -48,11 +47,11 @@ def run(
             f"{recipe}: name = {loaded.name!r}: too long for --baseline, which appends -from-scratch: "
             "at most 80 characters"
         )
-    layout, began = _plan(nodes, nproc_per_node), time.time()
+    layout, began = plan(nodes, nproc_per_node), time.time()
     with local.stopping() as stop:
         typer.echo("preparing the data")
         try:
-            loaded, report = _prepare(recipe, loaded, layout, stop)
+            loaded, report = prepare(recipe, loaded, overrides, layout, stop)
             _show_data(loaded, layout, report)
             outcome = _attempt(loaded, layout, report, stop, fresh=fresh, began=began)
             folders = [outcome.run.path]
@@ -70,40 +69,7 @@ def run(
             fail("stopped at once", 130)
     typer.echo("")
     _print_comparison(folders)
-
-
-def _plan(nodes: int, nproc_per_node: int | None) -> Layout:
-    from fleetune.cluster import local
-    from fleetune.schema import RecipeError
-
-    try:
-        return local.plan_layout(nodes, nproc_per_node)
-    except RecipeError as error:
-        fail(str(error))
-
-
-def _prepare(
-    file: Path, recipe: Recipe, layout: Layout, stop: Stop | None = None, elsewhere: bool = False
-) -> tuple[Recipe, dict[str, Any]]:
-    """Checks the recipe against its model, data and machine; leaves the program where they do not fit.
-
-    Returns the recipe as it runs here, and the report.
-    """
-    from fleetune.batch import cut_batch
-    from fleetune.cluster import local
-    from fleetune.schema import RecipeError
-
-    try:
-        cut_batch(recipe.training, layout.world_size)
-        report = local.prepare(recipe, stop, elsewhere)
-    except RecipeError as error:
-        fail("\n".join(f"{file}: {line}" for line in str(error).splitlines()))
-    except local.PreparationFailed as error:
-        fail(f"preparing failed:\n{error}", 1)
-    resolved = recipe if elsewhere else local.in_this_machines_precision(recipe, report)
-    if resolved is not recipe:
-        typer.echo("warning   training.bf16: this CPU has no arithmetic for bf16; fp32 is faster here and is used")
-    return resolved, report | {"fp32_for_bf16": resolved is not recipe}
+    typer.echo(f"model     {folders[0] / 'model'}")
 
 
 def _show_data(recipe: Recipe, layout: Layout, report: dict[str, Any]) -> None:
@@ -187,12 +153,12 @@ def check(
     from fleetune.report import memory_lines, print_example, split_lines
 
     loaded = load(recipe, overrides)
-    layout, gpus = _plan(nodes, nproc_per_node), ["--gpu-memory", str(gpu_memory)] if gpu_memory else []
+    layout, gpus = plan(nodes, nproc_per_node), ["--gpu-memory", str(gpu_memory)] if gpu_memory else []
     if cluster is not None:
         if nodes > 1 or nproc_per_node or gpu_memory:
             fail(f"--cluster {cluster}: says how many nodes, ranks and GB there are; leave the other options out")
-        layout, gpus = _layout_of(cluster)
-    loaded, report = _prepare(recipe, loaded, layout, elsewhere=cluster is not None)
+        layout, gpus = layout_of(cluster)
+    loaded, report = prepare(recipe, loaded, overrides, layout, elsewhere=bool(cluster or gpu_memory))
     batch = cut_batch(loaded.training, layout.world_size)
     typer.echo(dump_recipe(loaded))
     typer.echo(f"batch     {batch}")
@@ -201,46 +167,17 @@ def check(
     unit = "packs" if loaded.data.packing else "rows"
     typer.echo(f"steps     {steps}, {steps / steps_per_epoch(sequences, batch):.2f} epoch(s) of {sequences} {unit}")
     typer.echo(
-        f"model     {report['parameters'] / 1e6:.1f}M parameters, {report['trainable_parameters'] / 1e6:.1f}M trainable"
+        f"model     {sizes.count(report['parameters'])} parameters, "
+        f"{sizes.count(report['trainable_parameters'])} trainable"
     )
     memory = ["--ranks", str(layout.world_size), *gpus]
-    with _recipe_file(loaded) as file:
+    with recipe_file(loaded) as file:
         found = answer_of("memory", [file, *memory])
     for line in [*memory_lines(loaded, found), *split_lines(loaded, report)]:
         typer.echo(line)
     _show_data(loaded, layout, report)
     if "example" in report:
         print_example(report["example"]["train"])
-
-
-def _layout_of(cluster: Path) -> tuple[Layout, list[str]]:
-    """Of a profile; and what the estimate of memory is to know of its GPUs."""
-    from fleetune.cluster.local import Layout
-    from fleetune.cluster.profile import load_profile
-    from fleetune.schema import RecipeError
-
-    try:
-        profile = load_profile(cluster)
-    except RecipeError as error:
-        fail(str(error))
-    memory = ["--gpu-memory", str(profile.gpu_memory)] if profile.gpu_memory else []
-    device = ["--device", "cuda" if profile.gpus_per_node else "cpu"]
-    return Layout(profile.nodes, profile.ranks, profile.cpus_per_rank), device + (
-        memory if profile.gpus_per_node else []
-    )
-
-
-@contextlib.contextmanager
-def _recipe_file(recipe: Recipe) -> Iterator[str]:
-    """The resolved recipe, for a program that reads one."""
-    import tempfile
-
-    from fleetune.recipe import dump_recipe
-
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        file.write(dump_recipe(recipe))
-        file.flush()
-        yield file.name
 
 
 app.command()(cluster_commands.doctor)
@@ -263,6 +200,8 @@ def teach(
     """Run a recipe's teacher once over the training rows and store what it says, for `teacher.cache`."""
     import shlex
 
+    from fleetune.losses import OF_LAYERS
+
     if top_k is not None and samples is not None:
         fail(f"--samples {samples}: stands in the place of --top-k; leave one out")
     given = load(recipe, overrides)
@@ -270,16 +209,18 @@ def teach(
         option = f"--top-k {top_k}" if top_k else f"--samples {samples}"
         fail(f"{option}: is of a language model; of task: {given.task} all logits are stored")
     chosen = ["--top-k", str(top_k)] if top_k else ["--samples", str(samples)] if samples else []
-    loaded, _ = _prepare(recipe, given, _plan(1, 1))
+    loaded, _ = prepare(recipe, given, overrides, plan(1, 1))
     folder = out or Path(loaded.output_dir) / f"{loaded.name}-taught"
-    with _recipe_file(loaded) as file:
+    with recipe_file(loaded) as file:
         taught = answer_of("teacher_cache", [file, str(folder), *chosen], shown="taught ")
     kinds = {"top": "the top {} classes of each token", "samples": "{} samples of each token"}
     what = kinds[taught["chosen"]["kind"]].format(taught["chosen"]["count"]) if taught["chosen"] else ""
     what = what or f"{len(taught['labels'])} logits"
-    typer.echo(f"{folder}: {what} of {taught['rows']} rows, {taught['bytes'] / 1e6:.1f} MB")
+    typer.echo(f"{folder}: {what} of {taught['rows']} rows, {sizes.volume(taught['bytes'])}")
     key = taught["key"]
     typer.echo(f"train with it: {key}.model_name_or_path=null {shlex.quote(f'{key}.cache={folder}')}")
+    if beyond := list(dict.fromkeys(loss.kind for loss in loaded.losses if loss.kind in OF_LAYERS)):
+        typer.echo(f"and without the losses of kind {', '.join(beyond)}, which need the teacher itself")
 
 
 app.command("eval")(eval_command.evaluate)
@@ -321,7 +262,7 @@ def _print_comparison(
     try:
         rows = comparison.rows_of(comparison.find(folders), by_run=by_run)
         if latency:
-            threads = threads or _plan(1, 1).threads
+            threads = threads or plan(1, 1).threads
             typer.echo(f"measuring the latency of {len(rows)} model(s) with {threads} thread(s)")
             rows, machine = comparison.measure(rows, threads)
     except RecipeError as error:
@@ -360,9 +301,9 @@ def verify(
     from fleetune.verify import verify
 
     loaded = load(recipe, overrides)
-    layout = _plan(nodes, nproc_per_node)
+    layout = plan(nodes, nproc_per_node)
     typer.echo("preparing the data")
-    loaded, prepared = _prepare(recipe, loaded, layout)
+    loaded, prepared = prepare(recipe, loaded, overrides, layout)
     Path(loaded.output_dir).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{loaded.name}-verify-", dir=loaded.output_dir))
     try:

@@ -91,7 +91,7 @@ def _language_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             yield f"data.{key}", value, f"does not fit task: {recipe.task}; leave it out"
     for key in ("generate", "exact_match") if recipe.task != "causal_lm" else ():
         if getattr(recipe.evaluation, key) is not None:
-            yield f"evaluation.{key}", "...", f"does not fit task: {recipe.task}; leave it out"
+            yield f"evaluation.{key}", ..., f"does not fit task: {recipe.task}; leave it out"
     if recipe.evaluation.exact_match is not None:
         yield from _pattern_faults(recipe, recipe.evaluation.exact_match.pattern)
     if recipe.task == "causal_lm":
@@ -100,7 +100,7 @@ def _language_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
                 yield f"model.{key}", getattr(recipe.model, key), "a language model has no labels; leave it out"
         for index, loss in enumerate(recipe.losses):
             if isinstance(loss, CrossEntropy) and loss.class_weights is not None:
-                yield f"losses.{index}.class_weights", "...", "is for classification; leave it out"
+                yield f"losses.{index}.class_weights", ..., "is for classification; leave it out"
 
 
 def _pattern_faults(recipe: Recipe, pattern: str) -> Iterator[tuple[str, Any, str]]:
@@ -166,7 +166,7 @@ def _source_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         yield "data.source", list(data.source), "does not fit task: causal_lm; give data.train"
     for key in ("train", "validation", "test"):
         if getattr(data, key) is not None:
-            yield f"data.{key}", "...", "data.source stands in its place; leave one of the two out"
+            yield f"data.{key}", ..., "data.source stands in its place; leave one of the two out"
     yield from _name_faults("data.source", list(data.source))
     for name in data.source:
         if name in data.target:
@@ -185,7 +185,7 @@ def _domain_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             key = f"data.target.{name}.train.where"
             yield key, target.train.where, f"reads the labels ({data.label_column}) of what is to be unlabelled"
         if target.validation is not None and not has_validation(recipe):
-            yield f"data.target.{name}.validation", "...", "is evaluated beside data.validation, which is not there"
+            yield f"data.target.{name}.validation", ..., "is evaluated beside data.validation, which is not there"
     if targets and any(teacher.cache is not None for _, teacher in teachers_of(recipe)):
         yield "data.target", list(targets), "a teacher's cache has no rows of these; let the teacher run"
     if recipe.reweight is not None:
@@ -277,7 +277,7 @@ def _token_cache_combinations(recipe: Recipe, name: str, wanting: list[Any]) -> 
     if recipe.kernels == "reference":
         yield "kernels", recipe.kernels, f"makes all logits, and {name}.cache is for the head that makes none; use auto"
     if recipe.teachers:
-        yield "teachers", "...", f"a language model learns from one cache alone: teacher: {{cache: ...}}, not {name}"
+        yield "teachers", ..., f"a language model learns from one cache alone: teacher: {{cache: ...}}, not {name}"
     for index, loss in wanting:
         if isinstance(loss, Distillation) and loss.divergence != "forward_kl":
             yield (

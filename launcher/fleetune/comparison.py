@@ -19,7 +19,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from fleetune import runs
+from fleetune import runs, sizes
 from fleetune.gap import gaps_closed
 from fleetune.schema import Recipe, RecipeError, teachers_of
 
@@ -226,10 +226,6 @@ def _has_model(row: Row) -> bool:
 # ---------------------------------------------------------------- the table
 
 
-def _millions(value: float) -> str:
-    return f"{value / 1e6:.1f}M"
-
-
 def _megabytes(value: float) -> str:
     return f"{value / 1e6:.1f}"
 
@@ -248,7 +244,7 @@ def _three_digits(value: float) -> str:
 
 # A figure's line and how it is written; a metric has a line of its name, with four places.
 WRITTEN: dict[str, tuple[str, Callable[[float], str]]] = {
-    "parameters": ("parameters", _millions),
+    "parameters": ("parameters", sizes.count),
     "model_bytes": ("model MB", _megabytes),
     "step": ("steps", _whole),
     "train_seconds": ("seconds", _whole),

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fleetune import sizes
 from fleetune.terminal import answer_of, fail
 
 
@@ -26,8 +27,8 @@ def export(
         fail(f"--dtype {dtype}: legal values: {', '.join(legal)}")
     arguments = [str(run_or_model), str(out), *(["--merge"] if merge else [])]
     found = answer_of("export", arguments + (["--dtype", dtype] if dtype is not None else []))
-    what = f"{found['parameters'] / 1e6:.1f}M parameters in {found['dtype']}" if "dtype" in found else "the adapter"
-    typer.echo(f"{found['folder']}: {what}, {found['bytes'] / 1e6:.1f} MB")
+    what = f"{sizes.count(found['parameters'])} parameters in {found['dtype']}" if "dtype" in found else "the adapter"
+    typer.echo(f"{found['folder']}: {what}, {sizes.volume(found['bytes'])}")
     if "difference" in found:
         typer.echo(f"loaded again, its logits differ by {found['difference']:.1e} of the largest")
     if "from_quantized" in found:

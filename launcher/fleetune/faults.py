@@ -26,7 +26,9 @@ def dotted(path: Path_) -> str:
 
 
 def shown(value: Any) -> str:
-    """As it stands in a recipe, shortened."""
+    """As it stands in a recipe, shortened; ... where it would be too much."""
+    if value is ...:
+        return "..."
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)

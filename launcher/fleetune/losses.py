@@ -238,7 +238,8 @@ Loss = Annotated[
     | Entropy,
     Field(discriminator="kind"),
 ]
-OF_A_TEACHER = ("distillation", "hidden_states", "embedding", "attention")
+OF_LAYERS = ("hidden_states", "embedding", "attention")
+OF_A_TEACHER = ("distillation", *OF_LAYERS)
 OF_DOMAINS = ("mmd", "jmmd", "lmmd", "coral", "dann", "entropy")
 OF_LOGITS = ("cross_entropy", "mse", "distillation")
 

@@ -214,7 +214,7 @@ def memory_lines(recipe: Recipe, found: dict[str, Any]) -> list[str]:
         for name in ("weights", "gradients", "optimizer", "buckets", "activations", "loss", "teachers")
         if found[name] >= 5e6
     ]
-    where = "a GPU" if found["device"] == "cuda" else "a rank, beside Python's own"
+    where = "a GPU" if found["device"] == "cuda" else "a rank, Python itself aside,"
     lines = [f"memory    {gigabytes(found['height'])} GB of {where} at its height: {', '.join(parts)}"]
     if found["host"]:
         lines.append(f"          {gigabytes(found['host'])} GB a rank of the node's memory")

@@ -70,6 +70,9 @@ def shift(
     _print(report)
     if json_file is not None:
         runs.write_json(json_file, report)
+    for what, file in (("plot", plot), ("json", json_file)):
+        if file is not None:
+            typer.echo(f"{what:9} {file}")
 
 
 def _check_files(a: str, b: str, json_file: Path | None, plot: Path | None) -> None:

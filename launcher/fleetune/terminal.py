@@ -55,6 +55,13 @@ def load(file: Path, overrides: list[str] | None) -> Recipe:
         fail(str(error))
 
 
+def origin_of(line: str, file: Path, overrides: list[str] | None) -> str:
+    """Who set the key that a line of an error begins with."""
+    key = line.partition(" ")[0].rstrip(":")
+    given = [override.partition("=")[0] for override in overrides or ()]
+    return "command line" if any(key == name or key.startswith(f"{name}.") for name in given) else str(file)
+
+
 def answer_of(program: str, arguments: list[str], shown: str | None = None) -> dict[str, Any]:
     """The JSON that a program of `train/` answers with; its lines that begin with `shown` are shown as they come.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fleetune import runs
+from fleetune import runs, sizes
 from fleetune.train import (
     cadence,
     checkpoint,
@@ -41,8 +41,8 @@ from fleetune.train.optim import learning_rate
 from fleetune.train.progress import Progress
 from fleetune.train.setup import Epoch, Setup, compose, read_window, set_up
 from fleetune.train.speed import Meter, figures, peak_memory_mb
-from fleetune.train.terms import Features, Term
-from fleetune.train.window import Replay, look_ahead, replayed
+from fleetune.train.terms import Features
+from fleetune.train.window import look_ahead, weighted
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -180,7 +180,7 @@ def _resume(setup: Setup) -> tuple[Progress, float]:
         begin = f"resuming after step {progress.step}" if found else "training"
         say(
             f"{begin}: {setup.total_steps} steps of {setup.batch}; "
-            f"{setup.parameters / 1e6:.1f}M parameters, {setup.trainable_parameters / 1e6:.1f}M trainable; "
+            f"{sizes.count(setup.parameters)} parameters, {sizes.count(setup.trainable_parameters)} trainable; "
             f"ZeRO-{setup.recipe.deepspeed.zero_stage}, {precision}, {setup.world.device.type}"
         )
         _say_cadence(setup, progress)
@@ -218,7 +218,7 @@ def forward_backward(
             taught = []
         with meter.part("forward"):
             replay.restore()
-            compute = functools.partial(_weighted, terms, done, taught, micro, replay, counts)
+            compute = functools.partial(weighted, terms, done, taught, micro, replay, counts)
             values = setup.forward({**micro.inputs, **more}, compute)
             sums += values.detach()
         with meter.part("backward"):
@@ -233,26 +233,6 @@ def forward_backward(
 
 def _draft(setup: Setup, micro: MicroBatch, compute: Callable[[Outputs], list[Features]]) -> list[Features]:
     return setup.forward(micro.inputs, compute, dropout=True)
-
-
-def _weighted(
-    terms: list[Term],
-    done: float,
-    taught: list[Outputs],
-    micro: MicroBatch,
-    replay: Replay,
-    counts: torch.Tensor,
-    outputs: Outputs,
-) -> torch.Tensor:
-    """(terms,): each one's loss times its weight when this share of training is done."""
-    values = []
-    for i, term in enumerate(terms):
-        if replay.cached is not None and term.name in replay.cached:
-            value = replayed(term, replay.cached[term.name], outputs, micro, counts[i])
-        else:
-            value = term.forward(outputs, taught, micro, counts[i])
-        values.append(value if term.reversal is not None else term.weight_at(done) * value)
-    return torch.stack(values)
 
 
 def _store_beginning(setup: Setup) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fleetune import runs
+from fleetune import runs, sizes
 from fleetune.recipe import dump_recipe
 from fleetune.schema import Recipe, sources_of, teachers_of
 from fleetune.train.alignment import PROJECTIONS
@@ -60,7 +60,7 @@ def card(recipe: Recipe, data: Prepared, report: dict[str, Any]) -> str:
     kind = "model" if recipe.model.lora is None else f"{recipe.model.lora.kind} adapter"
     lines += [
         f"A {'language' if language else recipe.task} {kind}, {origin} `{recipe.model.model_name_or_path}`, "
-        f"{report['parameters'] / 1e6:.1f}M parameters, "
+        f"{sizes.count(report['parameters'])} parameters, "
         f"trained by Fleetune for {report['step']} steps; the weights are those of step {report['best_step']}.",
         "",
     ]

@@ -178,7 +178,7 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
             world.device,
             matches,
             [teacher.weight for teacher in teachers],
-            shared_vocabulary(model.config, configs),
+            shared_vocabulary(model.config, teachers),
         ),
         teachers,
         asked_by(recipe),

@@ -142,10 +142,12 @@ def weights_digest(model: Model | Teacher, config: Any) -> str:
     return digest.hexdigest()
 
 
-def shared_vocabulary(student: Any, teachers: list[Any]) -> int | None:
+def shared_vocabulary(student: Any, teachers: list[LoadedTeacher | CachedTeacher | CachedTokens]) -> int | None:
     """How many of the first tokens all have, where their heads are filled up to different sizes; None where equal."""
-    sizes = [int(config.vocab_size) for config in (student, *teachers) if hasattr(config, "vocab_size")]
-    return None if len(set(sizes)) < 2 else min(sizes)
+    configs = [student, *(teacher.config for teacher in teachers if isinstance(teacher, LoadedTeacher))]
+    sizes = {int(config.vocab_size) for config in configs if hasattr(config, "vocab_size")}
+    sizes |= {teacher.chosen.vocabulary for teacher in teachers if isinstance(teacher, CachedTokens)}
+    return None if len(sizes) < 2 else min(sizes)
 
 
 # ---------------------------------------------------------------- whether it fits the student

@@ -57,6 +57,17 @@ class Statistic:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A distillation and the cross-entropy of the labels, which share the logits of a language model's head."""
+
+    other: str  # the term of the cross-entropy
+    forward: Callable[
+        [Outputs, list[Outputs], MicroBatch, tuple[torch.Tensor, torch.Tensor], tuple[float, float]],
+        tuple[torch.Tensor, torch.Tensor],
+    ]  # as a term's, but with num_items and weights of both -> their weighted sum; the other's value, detached
+
+
+@dataclass(frozen=True)
 class Term:
     name: str
     weight: float
@@ -67,6 +78,7 @@ class Term:
     schedule: str = "constant"
     statistic: Statistic | None = None  # where it is to be formed over the whole window
     reversal: str | None = None  # the discriminator whose reversed gradient has the weight; the term itself has none
+    pair: Pair | None = None  # with which a distillation is formed in one pass
 
     def weight_at(self, done: float) -> float:
         """When this share of training is done."""

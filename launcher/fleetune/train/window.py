@@ -1,13 +1,14 @@
-"""Losses over a whole accumulation window that are no sums over its micro-batches, by gradient caching.
+"""What a micro-batch's terms come to, and those over a whole accumulation window that are no sums over micro-batches.
 
-A first pass without gradient collects every micro-batch's features; the loss and its gradient by them are formed of all
-at once; then each micro-batch runs as ever, with the random states it had, and its features are multiplied by that
-gradient. One forward pass more, and the features of the window. Gao et al., arXiv 2101.06983.
+For these there is gradient caching: a first pass without gradient collects every micro-batch's features; the loss and
+its gradient by them are formed of all at once; then each micro-batch runs as ever, with the random states it had, and
+its features are multiplied by that gradient. One forward pass more, and the features of the window. Gao et al., arXiv
+2101.06983.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,6 +70,37 @@ def look_ahead(
         for at, cached in enumerate(found):
             cached[name] = Cached(loss.detach(), list(gradients[at * per_micro : (at + 1) * per_micro]))
     return [Replay(state, cached) for state, cached in zip(states, found, strict=True)]
+
+
+def weighted(
+    terms: Sequence[Term],
+    done: float,
+    taught: list[Outputs],
+    micro: MicroBatch,
+    replay: Replay,
+    counts: Sequence[torch.Tensor] | torch.Tensor,
+    outputs: Outputs,
+) -> torch.Tensor:
+    """(terms,): each one's loss times its weight when this share of training is done.
+
+    Of a pair the first has the gradient of both, and the other its value alone.
+    """
+    names = [term.name for term in terms]
+    weights = [1.0 if term.reversal is not None else term.weight_at(done) for term in terms]
+    values: dict[str, torch.Tensor] = {}
+    for i, term in enumerate(terms):
+        if term.pair is not None:
+            other = names.index(term.pair.other)
+            both = (counts[i], counts[other]), (weights[i], weights[other])
+            together, value = term.pair.forward(outputs, taught, micro, *both)
+            values[names[other]] = weights[other] * value
+            values[term.name] = together - values[names[other]]
+    for i, term in enumerate(terms):
+        if replay.cached is not None and term.name in replay.cached:
+            values[term.name] = weights[i] * replayed(term, replay.cached[term.name], outputs, micro, counts[i])
+        elif term.name not in values:
+            values[term.name] = weights[i] * term.forward(outputs, taught, micro, counts[i])
+    return torch.stack([values[name] for name in names])
 
 
 def replayed(term: Term, cached: Cached, student: Outputs, batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
