@@ -225,7 +225,7 @@ def test_a_model_folder_elsewhere_has_its_size_and_its_parameters(tmp_path: Path
     model = make_run(tmp_path, "a") / "model"
     elsewhere = model.rename(tmp_path / "kept")
     cells = column(rows(elsewhere)[0])
-    assert cells == {"run": "kept", "weights": "pretrained", "parameters": "0.0M", "model MB": "0.0"}
+    assert cells == {"run": "kept", "weights": "pretrained", "parameters": "6", "model MB": "0.0"}
     assert comparison.figures(rows(elsewhere)[0].members[0])["parameters"] == 6
 
 

@@ -129,6 +129,13 @@ def test_what_the_schema_does_not_know_is_named_with_what_would_be_right(folder:
     assert message in said
 
 
+def test_a_misspelt_key_that_is_required_is_said_once(folder: Path) -> None:
+    said = refusal(write(folder, head=HEAD.replace("data:", "dta:")))
+    assert "dta = " in said
+    assert said.endswith("unknown key; did you mean `data`?")
+    assert said.count("\n") == 0
+
+
 @pytest.mark.parametrize("value", ["null", "[1]", "{a: 1}", ".inf"])
 def test_a_free_value_that_is_none_is_refused_once(folder: Path, value: str) -> None:
     head = HEAD.replace("model: {", f"model: {{config: {{hidden_dropout_prob: {value}}}, ")

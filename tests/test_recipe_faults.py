@@ -221,10 +221,7 @@ def misspelt() -> Iterator[Fault]:
             at = next(i for i in range(1, len(name)) if name[i] != name[i + 1])  # two letters the other way round
             wrong = name[:at] + name[at + 1] + name[at] + name[at + 2 :]
         values = changed(key.base, key.path, found(key.base, key.path), instead=wrong)
-        missing = 1 if key.info.is_required() else 0
-        yield Fault(
-            "misspelt key", ".".join([*parents, wrong]), values, said=f"did you mean `{name}`?", lines=1 + missing
-        )
+        yield Fault("misspelt key", ".".join([*parents, wrong]), values, said=f"did you mean `{name}`?")
 
 
 def of_another_type() -> Iterator[Fault]:
@@ -703,10 +700,10 @@ def yaml_text() -> Iterator[Fault]:
 def batches() -> Iterator[Fault]:
     key = "training.global_batch_size"
     said = "does not divide over 2 ranks; the nearest that does: "
-    yield Fault("batch", key, CLASSIFICATION, (f"{key}=7",), ("--nproc-per-node", "2"), said + "8", place="recipe.yaml")
-    yield Fault("batch", key, CLASSIFICATION, (f"{key}=1",), ("--nodes", "2"), said + "2", place="recipe.yaml")
+    yield Fault("batch", key, CLASSIFICATION, (f"{key}=7",), ("--nproc-per-node", "2"), said + "8")
+    yield Fault("batch", key, CLASSIFICATION, (f"{key}=1",), ("--nodes", "2"), said + "2")
     given = (f"{key}=64", "training.gradient_accumulation_steps=2", "training.per_device_train_batch_size=8")
-    yield Fault("batch", key, CLASSIFICATION, given, said="not 2 micro-batches of at most 8", place="recipe.yaml")
+    yield Fault("batch", key, CLASSIFICATION, given, said="not 2 micro-batches of at most 8")
 
 
 GENERATED = [*misspelt(), *of_another_type(), *out_of_range(), *illegal(), *missing()]
@@ -949,7 +946,7 @@ def test_the_command_itself_with_such_a_fault(key: str, given: tuple[str, ...], 
     before = set(later.rglob("*"))
     done = command(later, file, *given)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(f"error: {file}: {key} = ")
+    assert done.stderr.startswith(f"error: command line: {key} = ")
     assert said in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert set(later.rglob("*")) == before

@@ -125,10 +125,18 @@ def _wrong_type(kind: str, value: Any) -> str | None:
     return None
 
 
+def _is_misspelt(required: Path_, unknown: set[Path_]) -> bool:
+    """Whether a key beside it is what was meant by this one, and says so in a line of its own."""
+    beside = [str(path[-1]) for path in unknown if path[:-1] == required[:-1]]
+    return bool(difflib.get_close_matches(str(required[-1]), beside, n=1, cutoff=0.6))
+
+
 def fault_lines(error: ValidationError, values: Any, root: type[Section], origin: Callable[[Path_], str]) -> list[str]:
     """A line for each fault; `origin` says which file set a key."""
     lines = []
-    for fault in error.errors(include_url=False):
+    found = error.errors(include_url=False)
+    unknown = {fault["loc"] for fault in found if fault["type"] == "extra_forbidden"}
+    for fault in found:
         kind = fault["type"]
         path: Path_ = ()
         value: Any = values
@@ -142,6 +150,8 @@ def fault_lines(error: ValidationError, values: Any, root: type[Section], origin
         if kind == "extra_forbidden":
             message = _unknown_key(path, values, root)
         elif kind == "missing":
+            if _is_misspelt(fault["loc"], unknown):
+                continue
             message = "this key is required"
         elif kind in ("literal_error", "union_tag_invalid", "union_tag_not_found"):
             if kind == "literal_error":

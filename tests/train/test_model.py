@@ -90,6 +90,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         with pytest.raises(ModelError) as caught:
             load_config(recipe(name), NAMES)
         assert str(caught.value).startswith(f"model.model_name_or_path = {name!r}: cannot be loaded: ")
+        assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("nor such a model in the hub's cache, and HF_HUB_OFFLINE forbids to ask it")
 
 
 # ---------------------------------------------------------------- the config

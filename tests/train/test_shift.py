@@ -239,7 +239,7 @@ def test_without_a_model_it_says_what_one_is(folder: Path) -> None:
         ({"text_column": "txt"}, "A = {}/a.jsonl: --text-column = 'txt': the data has no such column; it has text, n;"),
         ({"where": ["n"]}, "--where n: should be COLUMN=VALUE"),
         ({"where": ["n=[1]"]}, "--where n=[1]: the value should be text, a number, true or false"),
-        ({"where": ["k=1"]}, "A = {}/a.jsonl: --where k = 'k': the data has no such column"),
+        ({"where": ["k=1"]}, "A = {}/a.jsonl: --where k = 1: the data has no such column"),
         ({"where": ["n=7"]}, "A = '{}/a.jsonl': has no rows with {'n': 7}"),
         ({"model": "{}/none"}, "--model '{}/none': cannot be loaded"),
         ({"max_length": 65}, "--max-length 65: the model takes at most 64 tokens"),

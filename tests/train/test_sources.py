@@ -214,7 +214,7 @@ def test_limit_takes_the_first_of_the_rows_that_where_keeps(tmp_path: Path, kind
 def test_where_of_a_column_or_value_that_is_not_there(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, kind, ROWS)
     assert refusal(path, where={"splits": "train"}) == (
-        "data.train.where.splits = 'splits': the data has no such column; "
+        "data.train.where.splits = 'train': the data has no such column; "
         "it has text, label, fold, split, gold, zip; did you mean `split`?"
     )
     for where in ({"split": "dev"}, {"fold": "1.5"}, {"zip": 3}, {"gold": "yes"}):

@@ -143,8 +143,15 @@ def load(kind: Any, model: Model | Teacher, key: str = "model", **keywords: Any)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, ModelError):
             raise
+        from huggingface_hub import constants
+
+        reason = " ".join(str(error).split())
+        if constants.HF_HUB_OFFLINE and isinstance(error, OSError) and not Path(model.model_name_or_path).exists():
+            reason = (
+                "there is no such folder, nor such a model in the hub's cache, and HF_HUB_OFFLINE forbids to ask it"
+            )
         raise ModelError(
-            f"{key}.model_name_or_path = {model.model_name_or_path!r}: cannot be loaded: {error}"
+            f"{key}.model_name_or_path = {model.model_name_or_path!r}: cannot be loaded: {reason}"
         ) from error
 
 

@@ -156,6 +156,8 @@ class _Sending:
         return not self._left()
 
     def _fail(self, senders: list[_Sender], reason: str) -> None:
+        if reason == wandb_run.NO_KEY:
+            reason += "; wandb login, or set WANDB_API_KEY"
         for sender in senders:
             sender.done = True
             self.failures.append(f"{sender.run}: not sent: {reason}".replace("\n", "\n  "))

@@ -69,7 +69,7 @@ def open_source(source: Source, key: str, texts: list[str], others: list[str]) -
             raise _unreadable(source, key, error) from error
     for column in source.where:
         if table.names and column not in table.names:
-            raise no_column(f"data.{key}.where.{column}", column, table.names)
+            raise no_column(f"data.{key}.where.{column}", column, table.names, source.where[column])
     if len(table) == 0:
         where = f" with {source.where}" if source.where else ""
         raise DataError(f"data.{key}.path = {source.path!r}: has no rows{where}")
@@ -87,10 +87,11 @@ def load_hub(source: Source, key: str) -> Any:
         raise _unreadable(source, key, error) from error
 
 
-def no_column(key: str, value: str, columns: list[str]) -> DataError:
-    near = difflib.get_close_matches(value, columns, n=1)
+def no_column(key: str, column: str, columns: list[str], value: Any = None) -> DataError:
+    """`value` of the key, where that is not the column's name."""
+    near = difflib.get_close_matches(column, columns, n=1)
     return DataError(
-        f"{key} = {value!r}: the data has no such column; it has {', '.join(columns)}"
+        f"{key} = {(column if value is None else value)!r}: the data has no such column; it has {', '.join(columns)}"
         + (f"; did you mean `{near[0]}`?" if near else "")
     )
 

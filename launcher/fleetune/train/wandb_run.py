@@ -30,6 +30,7 @@ import yaml
 from fleetune import runs
 from fleetune.train.metrics_log import GENERATED, SHIFT, SHIFT_PICTURE
 
+NO_KEY = "no API key"
 FLUSH_SECONDS = 1.0  # wandb writes its log this often; it loses what is younger when it is killed
 
 
@@ -245,7 +246,7 @@ def key_problem() -> str | None:
 
         url = wandb_setup.singleton().settings.base_url
         if wbauth.authenticate_session(host=url, source="fleetune", prompt=False, update_session=False) is None:
-            return "no API key"
+            return NO_KEY
     except AuthenticationError as error:
         return str(error)
     except (ImportError, AttributeError, TypeError):
