@@ -12,6 +12,7 @@ Chunks as in Liger-Kernel's fused JSD (arXiv 2410.10989), with tau², any of fou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -205,8 +206,8 @@ def _check_heads(
 
 def checked_softcap(name: str, softcap: float | None) -> float:
     """0 for none."""
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"{name}: {softcap}; should be above 0, or None")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"{name}: {softcap}; should be a finite number above 0, or None")
     return softcap or 0.0
 
 

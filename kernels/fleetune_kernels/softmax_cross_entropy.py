@@ -156,8 +156,8 @@ def checked_options(
         raise ValueError(f"vocab_size: {vocab_size}; should be 1 to {width}, the width of the logits")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: {label_smoothing}; should be 0 to 1")
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap: {softcap}; should be above 0, or None")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap: {softcap}; should be a finite number above 0, or None")
     columns = width if vocab_size is None else vocab_size
     return Options(columns, ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale, return_stats)
 

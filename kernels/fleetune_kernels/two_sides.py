@@ -39,7 +39,7 @@ class TwoSides:
         if num_kernels < 1 or num_kernels != int(num_kernels):
             raise ValueError(f"num_kernels: {num_kernels!r}; should be a whole number of at least 1")
         if not 0 < factor < math.inf:
-            raise ValueError(f"factor: {factor!r}; should be above 0")
+            raise ValueError(f"factor: {factor!r}; should be a finite number above 0")
         self.num_kernels, self.factor, self.group = int(num_kernels), float(factor), group
         self.own_rows = len(first), len(self.sides[1][0])
         self.counts = list(zip(*check_sizes(group, sizes, self.own_rows), strict=True))  # of every rank, by side
@@ -60,7 +60,7 @@ class TwoSides:
                     )
                 self.bandwidths.append(value.detach().reshape(()).to(self.dtype))
             elif not 0 < value < math.inf:
-                raise ValueError(f"{name}: {value!r}; should be above 0")
+                raise ValueError(f"{name}: {value!r}; should be a finite number above 0")
             else:
                 self.bandwidths.append(self._full((), value))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -375,6 +376,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no middle": ({"beta": 0.0}, "beta: 0.0"),
     "an unknown divergence": ({"divergence": "kl"}, "divergence: 'kl'"),
     "no cap": ({"teacher_softcap": 0.0}, "teacher_softcap: 0.0"),
+    "a cap without end": ({"teacher_softcap": math.inf}, "teacher_softcap: inf; should be a finite number above 0"),
     "too much smoothing": ({"label_smoothing": 2.0}, "label_smoothing: 2.0"),
     "too large a vocabulary": ({"vocab_size": 62}, "vocab_size: 62; should be 1 to 61"),
     "an unknown backend": ({"backend": "cuda"}, "backend: 'cuda'"),

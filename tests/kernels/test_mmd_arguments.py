@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -31,8 +32,9 @@ S, T = torch.zeros(4, 3), torch.zeros(5, 3)
             r"backend: triton takes .* not torch.float64; use torch",
         ),
         (lambda: mmd(S, T, num_kernels=0), r"num_kernels: 0; should be a whole number of at least 1"),
-        (lambda: mmd(S, T, factor=0.0), r"factor: 0.0; should be above 0"),
-        (lambda: mmd(S, T, bandwidth=-1.0), r"bandwidth: -1.0; should be above 0"),
+        (lambda: mmd(S, T, factor=0.0), r"factor: 0.0; should be a finite number above 0"),
+        (lambda: mmd(S, T, factor=math.inf), r"factor: inf; should be a finite number above 0"),
+        (lambda: mmd(S, T, bandwidth=-1.0), r"bandwidth: -1.0; should be a finite number above 0"),
         (lambda: mmd(S, T, bandwidth=torch.ones(2)), r"bandwidth: shape \(2,\) on cpu; should be one number, on cpu"),
         (lambda: mmd(S, T, source_weights=torch.ones(5)), r"source_weights: shape \(5,\); should be \(4,\)"),
         (
@@ -45,7 +47,7 @@ S, T = torch.zeros(4, 3), torch.zeros(5, 3)
         (lambda: jmmd([], []), r"target_layers: 0 layers, source_layers 0"),
         (lambda: jmmd([S, S[:3]], [T, T]), r"source_layers\[1\]: 3 rows; should be 4 as in the first layer"),
         (lambda: jmmd([S], [T], bandwidth=[1.0, 2.0]), r"bandwidth: \[1.0, 2.0\]; should be one for each of 1 layers"),
-        (lambda: jmmd([S], [T], bandwidth=[0.0]), r"bandwidth\[0\]: 0.0; should be above 0"),
+        (lambda: jmmd([S], [T], bandwidth=[0.0]), r"bandwidth\[0\]: 0.0; should be a finite number above 0"),
         (
             lambda: lmmd(S, T, torch.zeros(4), torch.ones(5, 2)),
             r"source_labels: torch.float32 of shape \(4,\); should be integers of shape \(4,\)",
