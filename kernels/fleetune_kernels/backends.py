@@ -42,9 +42,16 @@ def one_of(name: str, value: str, legal: Sequence[str]) -> None:
         raise ValueError(f"{name}: {value!r}; should be one of {', '.join(legal)}")
 
 
-def same_shape(name: str, tensor: torch.Tensor | None, shape: torch.Size, of: str) -> None:
-    if tensor is not None and tensor.shape != shape:
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)} does not fit {of} of shape {tuple(shape)}")
+def same_shape(name: str, tensor: torch.Tensor | None, shape: Sequence[int], one_for: str) -> None:
+    if tensor is not None and tensor.shape != tuple(shape):
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}; should be {tuple(shape)}, one for each {one_for}")
+
+
+def same_rows(name: str, tensor: torch.Tensor, last: str, like: torch.Tensor, of: str) -> None:
+    """The shape is that of `like`, the argument `of`, but for the last axis, which is called `last`."""
+    if tensor.shape[:-1] != like.shape[:-1] or tensor.ndim != like.ndim:
+        should = f"({', '.join([*map(str, like.shape[:-1]), last])})"
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}; should be {should}, the rows of {of}")
 
 
 def floating(name: str, tensor: torch.Tensor) -> None:

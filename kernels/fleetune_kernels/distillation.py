@@ -21,7 +21,7 @@ import torch
 
 from fleetune_kernels import reference
 from fleetune_kernels.arguments import checked
-from fleetune_kernels.backends import choose, floating, once, one_of, same_device, scalar
+from fleetune_kernels.backends import choose, floating, once, one_of, same_device, same_rows, same_shape, scalar
 from fleetune_kernels.divergences import Options, checked_options, rows
 from fleetune_kernels.reference import as_list, or_infinity, supervised_rows
 from fleetune_kernels.softmax_cross_entropy import REDUCTIONS, SMALL
@@ -102,9 +102,7 @@ def check_teachers(student: torch.Tensor, teachers: Sequence[torch.Tensor], voca
     width = student.shape[-1]
     for name, logits in zip(names, teachers, strict=True):
         floating(name, logits)
-        if logits.shape[:-1] != student.shape[:-1]:
-            shape = tuple(student.shape)
-            raise ValueError(f"{name}: shape {tuple(logits.shape)} does not fit student_logits of shape {shape}")
+        same_rows(name, logits, "V", student, "student_logits")
         if vocab_size is None and logits.shape[-1] != width:
             raise ValueError(f"{name}: {logits.shape[-1]} columns, student_logits have {width}; vocab_size cuts both")
     same_device(student, "student_logits", **dict(zip(names, teachers, strict=True)))
@@ -125,9 +123,7 @@ def check_rows(
     labels: torch.Tensor | None = None,
 ) -> None:
     for argument, tensor in (("mask", mask), ("token_weights", token_weights), ("labels", labels)):
-        if tensor is not None and tensor.shape != of.shape[:-1]:
-            shape = tuple(of.shape)
-            raise ValueError(f"{argument}: shape {tuple(tensor.shape)} does not fit {name} of shape {shape}")
+        same_shape(argument, tensor, of.shape[:-1], f"row of {name}")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask: {mask.dtype}; should be bool, True where a row is supervised")
     same_device(of, name, mask=mask, token_weights=token_weights, labels=labels)

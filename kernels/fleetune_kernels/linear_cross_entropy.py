@@ -137,7 +137,7 @@ def check_head(
         raise ValueError(f"{weight_name}: {lm_head_weight.dtype}; {hidden_name} has {hidden_states.dtype}")
     if bias is not None and bias.dtype != lm_head_weight.dtype:
         raise ValueError(f"{prefix}bias: {bias.dtype}; {weight_name} has {lm_head_weight.dtype}")
-    same_shape(f"{prefix}bias", bias, torch.Size([shape[0]]), weight_name)
+    same_shape(f"{prefix}bias", bias, shape[:1], f"row of {weight_name}")
     same_device(hidden_states, hidden_name, **{weight_name: lm_head_weight, f"{prefix}bias": bias, "rows": rows})
     if rows is not None and (rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool):
         raise ValueError(f"rows: {rows.dtype} of shape {tuple(rows.shape)}; should be the indices (R,) of rows")

@@ -20,7 +20,7 @@ import torch
 
 from fleetune_kernels import reference
 from fleetune_kernels.arguments import checked
-from fleetune_kernels.backends import as_autocast, choose, integers, scalar
+from fleetune_kernels.backends import as_autocast, choose, integers, same_rows, scalar
 from fleetune_kernels.distillation import check_rows, checked_columns
 from fleetune_kernels.divergences import Options, checked_options
 from fleetune_kernels.divergences import rows as divergences
@@ -167,11 +167,9 @@ def _teachers(
         raise ValueError("teacher_hidden: an empty list; should be one tensor or several")
     for name, tensors in (("teacher_weight", weights), ("teacher_bias", biases)):
         if len(tensors) != len(hiddens):
-            raise ValueError(f"{name}: {len(tensors)} for {len(hiddens)} teachers")
+            raise ValueError(f"{name}: {len(tensors)} for {len(hiddens)} teachers; should be one for each")
     for tensor in hiddens:
-        if tensor.shape[:-1] != student_hidden.shape[:-1]:
-            shapes = f"{tuple(tensor.shape)} does not fit student_hidden of shape {tuple(student_hidden.shape)}"
-            raise ValueError(f"teacher_hidden: shape {shapes}")
+        same_rows("teacher_hidden", tensor, "E", student_hidden, "student_hidden")
         if tensor.device != student_hidden.device:
             raise ValueError(f"teacher_hidden: on {tensor.device}; student_hidden is on {student_hidden.device}")
     return (
@@ -199,8 +197,10 @@ def _check_heads(
         check_head(hidden, weight, bias, None, "teacher_", "teacher_weight", "teacher_hidden")
         for hidden, weight, bias in zip(hiddens, weights, biases, strict=True)
     ]
-    if vocab_size is None and any(other != width for other in widths):
-        raise ValueError(f"teacher_weight: {widths} rows, student_weight has {width}; vocab_size cuts both")
+    for index, other in enumerate(widths):
+        if vocab_size is None and other != width:
+            name = f"teacher_weight[{index}]" if widths[1:] else "teacher_weight"
+            raise ValueError(f"{name}: {other} rows; student_weight has {width}, and vocab_size cuts both")
     return checked_columns(vocab_size, min(width, *widths))
 
 

@@ -172,11 +172,9 @@ def check_rows(
     reduction: str,
 ) -> None:
     one_of("reduction", reduction, REDUCTIONS)
-    if labels.shape != scores.shape[:-1]:
-        raise ValueError(f"labels: shape {tuple(labels.shape)} does not fit {name} of shape {tuple(scores.shape)}")
-    same_shape("token_weights", token_weights, labels.shape, "labels")
-    if weight is not None and weight.shape != (vocab_size,):
-        raise ValueError(f"weight: shape {tuple(weight.shape)} does not fit {vocab_size} classes")
+    same_shape("labels", labels, scores.shape[:-1], f"row of {name}")
+    same_shape("token_weights", token_weights, labels.shape, f"row of {name}")
+    same_shape("weight", weight, [vocab_size], "class")
     same_device(scores, name, labels=labels, weight=weight, token_weights=token_weights)
 
 

@@ -19,7 +19,17 @@ import torch
 
 from fleetune_kernels import reference
 from fleetune_kernels.arguments import checked
-from fleetune_kernels.backends import as_autocast, choose, floating, integers, one_of, same_device, scalar
+from fleetune_kernels.backends import (
+    as_autocast,
+    choose,
+    floating,
+    integers,
+    one_of,
+    same_device,
+    same_rows,
+    same_shape,
+    scalar,
+)
 from fleetune_kernels.distillation import check_rows, checked_columns
 from fleetune_kernels.divergences import Options as DivergenceOptions
 from fleetune_kernels.divergences import checked_options
@@ -164,14 +174,13 @@ def _checked_teacher(
     one_of("tail", tail, TAILS)
     if (tail == "sampled") != (weights is not None):
         raise ValueError(f"teacher_weights: should be given with tail 'sampled', and only then; tail is {tail!r}")
-    if ids.ndim != hidden_states.ndim or ids.shape[:-1] != hidden_states.shape[:-1] or not ids.shape[-1]:
-        shape = tuple(hidden_states.shape)
-        raise ValueError(f"teacher_ids: shape {tuple(ids.shape)} does not fit hidden_states of shape {shape}")
+    same_rows("teacher_ids", ids, "k", hidden_states, "hidden_states")
+    if not ids.shape[-1]:
+        raise ValueError(f"teacher_ids: shape {tuple(ids.shape)}; should have at least one class by row")
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"teacher_ids: {ids.dtype}; should be integers")
     for name, tensor in (("teacher_log_probs", log_probs), ("teacher_weights", weights)):
-        if tensor is not None and tensor.shape != ids.shape:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; teacher_ids has {tuple(ids.shape)}")
+        same_shape(name, tensor, ids.shape, "place of teacher_ids")
         if tensor is not None:
             floating(name, tensor)
     same_device(hidden_states, "hidden_states", teacher_ids=ids, teacher_log_probs=log_probs, teacher_weights=weights)

@@ -361,9 +361,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a gathered head that is empty": ({"student_weight": torch.zeros(0)}, "under ZeRO-3"),
     "a teacher of another width": ({"teacher_weight": torch.zeros(61, 8)}, r"teacher_weight: shape \(61, 8\)"),
     "a head of another dtype": ({"student_weight": torch.zeros(61, 16).half()}, "student_weight: torch.float16"),
-    "other rows of the teacher": ({"teacher_hidden": torch.zeros(4, 16)}, r"teacher_hidden: shape \(4, 16\)"),
-    "another vocabulary": ({"teacher_weight": torch.zeros(60, 16)}, r"teacher_weight: \[60\] rows"),
-    "a bias of another length": ({"student_bias": torch.zeros(3)}, r"student_bias: shape \(3,\)"),
+    "other rows of the teacher": (
+        {"teacher_hidden": torch.zeros(4, 16)},
+        r"teacher_hidden: shape \(4, 16\); should be \(5, E\)",
+    ),
+    "another vocabulary": (
+        {"teacher_weight": torch.zeros(60, 16)},
+        "teacher_weight: 60 rows; student_weight has 61, and vocab_size cuts both",
+    ),
+    "another vocabulary of one of two": (
+        {"teacher_hidden": [torch.zeros(5, 16)] * 2, "teacher_weight": [torch.zeros(61, 16), torch.zeros(60, 16)]},
+        r"teacher_weight\[1\]: 60 rows",
+    ),
+    "a bias of another length": ({"student_bias": torch.zeros(3)}, r"student_bias: shape \(3,\); should be \(61,\)"),
     "a head less than teachers": ({"teacher_hidden": [torch.zeros(5, 16)] * 2}, "teacher_weight: 1 for 2 teachers"),
     "a bias more than teachers": ({"teacher_bias": [None, None]}, "teacher_bias: 2 for 1 teachers"),
     "a teacher elsewhere": ({"teacher_hidden": torch.zeros(5, 16, device="meta")}, "teacher_hidden: on meta"),

@@ -358,9 +358,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown tail": ({"tail": "top"}, "tail: 'top'; should be one of zero, uniform, sampled"),
     "an id that is no class": ({"teacher_ids": IDS + 61}, "teacher_ids: 61 is no class; should be 0 to 60"),
     "an id of a float": ({"teacher_ids": PROBS}, "teacher_ids: torch.float32"),
-    "ids of other rows": ({"teacher_ids": IDS[:4]}, r"teacher_ids: shape \(4, 3\)"),
-    "no ids": ({"teacher_ids": IDS[:, :0]}, r"teacher_ids: shape \(5, 0\)"),
-    "values of another shape": ({"teacher_log_probs": PROBS[:, :2]}, r"teacher_log_probs: shape \(5, 2\)"),
+    "ids of other rows": (
+        {"teacher_ids": IDS[:4]},
+        r"teacher_ids: shape \(4, 3\); should be \(5, k\), the rows of hidden_states",
+    ),
+    "no ids": ({"teacher_ids": IDS[:, :0]}, r"teacher_ids: shape \(5, 0\); should have at least one class"),
+    "values of another shape": (
+        {"teacher_log_probs": PROBS[:, :2]},
+        r"teacher_log_probs: shape \(5, 2\); should be \(5, 3\)",
+    ),
     "values of integers": ({"teacher_log_probs": IDS}, "teacher_log_probs: torch.int64"),
     "values elsewhere": ({"teacher_log_probs": PROBS.to("meta")}, "teacher_log_probs: on meta"),
     "a head of another width": ({"lm_head_weight": torch.zeros(61, 8)}, r"lm_head_weight: shape \(61, 8\)"),
