@@ -84,6 +84,12 @@ def integers(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype.is_signed else tensor.long()
 
 
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether its values may be looked at: on a GPU that would wait for it, and traced and fake tensors have none."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def full_precision(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Losses are computed in fp32 under autocast too."""
     kind = tensor.device.type

@@ -19,7 +19,17 @@ import torch
 
 from fleetune_kernels import reference
 from fleetune_kernels.arguments import checked
-from fleetune_kernels.backends import as_autocast, choose, floating, integers, once, same_device, same_shape, scalar
+from fleetune_kernels.backends import (
+    as_autocast,
+    choose,
+    floating,
+    integers,
+    once,
+    readable,
+    same_device,
+    same_shape,
+    scalar,
+)
 from fleetune_kernels.head import Wanted, accumulator, scaled, walk
 from fleetune_kernels.head_terms import counted
 from fleetune_kernels.reference import Stats, only_rows
@@ -141,7 +151,20 @@ def check_head(
     same_device(hidden_states, hidden_name, **{weight_name: lm_head_weight, f"{prefix}bias": bias, "rows": rows})
     if rows is not None and (rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool):
         raise ValueError(f"rows: {rows.dtype} of shape {tuple(rows.shape)}; should be the indices (R,) of rows")
+    if rows is not None:
+        _check_indices(rows, hidden_states.shape[:-1].numel(), hidden_name)
     return int(shape[0])
+
+
+def _check_indices(rows: torch.Tensor, count: int, name: str) -> None:
+    """Where looking does not wait for a device."""
+    if not readable(rows):
+        return
+    wrong = rows[(rows < 0) | (rows >= count)]
+    if wrong.numel():
+        raise ValueError(f"rows: {int(wrong[0])} is no row; should be 0 to {count - 1}, the flattened rows of {name}")
+    if len(rows) > int(torch.zeros(count, dtype=torch.bool).index_fill(0, rows.long(), True).sum()):
+        raise ValueError("rows: one is there twice; should be distinct")
 
 
 @torch.library.custom_op("fleetune::linear_cross_entropy", mutates_args=())

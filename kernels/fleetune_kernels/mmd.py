@@ -27,7 +27,7 @@ import torch
 
 from fleetune_kernels import reference_mmd as reference
 from fleetune_kernels.arguments import checked
-from fleetune_kernels.backends import floating, one_of, same_device
+from fleetune_kernels.backends import floating, one_of, readable, same_device
 from fleetune_kernels.gathering import Sizes
 from fleetune_kernels.two_sides import Bandwidth, TwoSides
 
@@ -138,6 +138,8 @@ def lmmd(
     same_device(source, "source", source_labels=source_labels, target_probs=target_probs)
     with problem.full_precision():
         labels, probs = problem.gather(source_labels, 0), problem.gather(target_probs, 1).to(problem.dtype)
+        if readable(probs) and not bool(((probs >= 0) & (probs < torch.inf)).all()):
+            raise ValueError("target_probs: should be finite numbers of 0 or more")
         if problem.chosen == "reference":
             options = problem.kernel_options(layer=0)
             source, target = problem.everyone(0)[0], problem.everyone(1)[0]
@@ -182,16 +184,22 @@ def _joint(
         if weights is not None and estimator == "linear":
             raise ValueError(f"{name}: given to the linear estimator; should be None, or take biased or unbiased")
     same_device(problem.sides[0][0], "source", **given)
-    problem.need_rows(1 if estimator == "biased" else 2, f"the {estimator} estimator")
+    least = 1 if estimator == "biased" else 2
+    problem.need_rows(least, f"the {estimator} estimator")
     with problem.full_precision():
         if problem.chosen == "reference":
             options = problem.kernel_options() | {"estimator": estimator}
             if estimator != "linear":
-                options |= {name: problem.weights(weights, side) for side, (name, weights) in enumerate(given.items())}
+                options |= {
+                    name: problem.weights(weights, side, least) for side, (name, weights) in enumerate(given.items())
+                }
             return reference.jmmd(problem.everyone(0), problem.everyone(1), **options)
         if estimator == "linear":
             return problem.linear()
-        signed = [problem.weights(source_weights, 0)[:, None], -problem.weights(target_weights, 1)[:, None]]
+        signed = [
+            problem.weights(source_weights, 0, least)[:, None],
+            -problem.weights(target_weights, 1, least)[:, None],
+        ]
         uniform = source_weights is None and target_weights is None
         return problem.over_pairs(signed, unbiased=estimator == "unbiased", uniform=uniform)
 

@@ -29,6 +29,7 @@ from fleetune_kernels.backends import (
     integers,
     once,
     one_of,
+    readable,
     same_device,
     same_shape,
     scalar,
@@ -180,7 +181,7 @@ def check_rows(
 
 def check_classes(labels: torch.Tensor | None, vocab_size: int, ignore_index: int) -> None:
     """Where looking does not wait for a device."""
-    if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if labels is not None and readable(labels):
         check_labels(labels, vocab_size, ignore_index)
 
 

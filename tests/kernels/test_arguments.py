@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fleetune_kernels
+from fleetune_kernels.backends import readable
 
 HIDDEN, WEIGHT, LOGITS = torch.randn(4, 8), torch.randn(10, 8), torch.randn(4, 10)
 LABELS, IDS = torch.arange(4), torch.arange(3).repeat(4, 1)
@@ -103,6 +105,14 @@ def test_what_is_right_stays_right(function: str) -> None:
     call: Callable[..., object] = getattr(fleetune_kernels, function)
     call(**RIGHT[function])
     call(*RIGHT[function].values())
+
+
+def test_values_are_looked_at_on_a_cpu_alone() -> None:
+    assert readable(LOGITS)
+    assert not readable(LOGITS.to("meta"))
+    with FakeTensorMode():
+        assert not readable(torch.empty(3))
+    assert torch.compile(lambda x: x + readable(x), fullgraph=True, backend="eager")(torch.zeros(1)) == 0
 
 
 def test_numpys_numbers_and_parameters_are_right() -> None:

@@ -382,6 +382,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "labels of floats": ({"labels": torch.zeros(5)}, "labels: torch.float32"),
     "a mask of numbers": ({"mask": torch.ones(5)}, "mask: torch.float32"),
     "rows that are no indices": ({"rows": torch.ones(5)}, "rows: torch.float32"),
+    "a row beyond the last": ({"rows": torch.tensor([5])}, "rows: 5 is no row; should be 0 to 4, .* of student_hidden"),
     "no temperature": ({"temperature": -1.0}, "temperature: -1.0"),
     "no middle": ({"beta": 0.0}, "beta: 0.0"),
     "an unknown divergence": ({"divergence": "kl"}, "divergence: 'kl'"),

@@ -38,6 +38,20 @@ S, T = torch.zeros(4, 3), torch.zeros(5, 3)
         (lambda: mmd(S, T, bandwidth=torch.ones(2)), r"bandwidth: shape \(2,\) on cpu; should be one number, on cpu"),
         (lambda: mmd(S, T, source_weights=torch.ones(5)), r"source_weights: shape \(5,\); should be \(4,\)"),
         (
+            lambda: mmd(S, T, source_weights=torch.zeros(4)),
+            r"source_weights: should be finite numbers of 0 or more, with",
+        ),
+        (lambda: mmd(S, T, target_weights=torch.arange(5) - 1.0), r"target_weights: should be finite numbers of 0 or"),
+        (lambda: jmmd([S], [T], target_weights=torch.full((5,), math.nan)), r"target_weights: should be finite"),
+        (
+            lambda: mmd(S, T, target_weights=torch.eye(5)[0], estimator="unbiased"),
+            r"target_weights: should be finite numbers of 0 or more, with at least 2 above 0",
+        ),
+        (
+            lambda: mmd(S, T, source_weights=torch.zeros(4), backend="reference"),
+            r"source_weights: should be finite numbers of 0 or more, with at least 1 above 0",
+        ),
+        (
             lambda: mmd(S, T, estimator="linear", target_weights=torch.ones(5)),
             r"target_weights: given to the linear estimator; should be None, or take biased or unbiased",
         ),
@@ -55,6 +69,10 @@ S, T = torch.zeros(4, 3), torch.zeros(5, 3)
         (
             lambda: lmmd(S, T, torch.zeros(4, dtype=torch.int64), torch.ones(4, 2)),
             r"target_probs: shape \(4, 2\); should be \(5, classes\)",
+        ),
+        (
+            lambda: lmmd(S, T, torch.zeros(4, dtype=torch.int64), torch.full((5, 2), -0.5)),
+            r"target_probs: should be finite numbers of 0 or more",
         ),
         (lambda: coral(S[:1], T), r"source: 1 rows; coral needs at least 2"),
     ],

@@ -372,6 +372,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a head of another width": ({"lm_head_weight": torch.zeros(61, 8)}, r"lm_head_weight: shape \(61, 8\)"),
     "a label that is no class": ({"labels": torch.full((5,), 61)}, "labels: 61 is no class"),
     "a mask of numbers": ({"mask": torch.ones(5)}, "mask: torch.float32"),
+    "a row beyond the last": ({"rows": torch.tensor([5])}, "rows: 5 is no row; should be 0 to 4"),
     "no temperature": ({"temperature": 0.0}, "temperature: 0.0"),
     "no cap": ({"softcap": -1.0}, "softcap: -1.0"),
     "too much smoothing": ({"label_smoothing": 2.0}, "label_smoothing: 2.0"),
