@@ -22,12 +22,7 @@ from fleetune_kernels.arguments import checked
 from fleetune_kernels.backends import (
     as_autocast,
     choose,
-    floating,
     integers,
-    one_of,
-    same_device,
-    same_rows,
-    same_shape,
     scalar,
 )
 from fleetune_kernels.distillation import check_rows, checked_columns
@@ -40,8 +35,7 @@ from fleetune_kernels.linear_distillation import checked_softcap
 from fleetune_kernels.reference import Distilled
 from fleetune_kernels.softmax_cross_entropy import check_classes
 from fleetune_kernels.softmaxes import softmaxes
-
-TAILS = ("zero", "uniform", "sampled")
+from fleetune_kernels.stored_teacher import check_values, checked_teacher
 
 
 @dataclass(frozen=True)
@@ -106,12 +100,13 @@ def topk_distillation_loss(
     ce_num_items = None if ce_num_items is None else scalar("ce_num_items", ce_num_items, hidden_states)
     check_rows(hidden_states, "hidden_states", mask, token_weights, labels)
     check_classes(labels, columns, ignore_index)
-    filled = _checked_teacher(hidden_states, teacher_ids, teacher_log_probs, teacher_weights, tail, columns)
+    filled = checked_teacher(hidden_states, teacher_ids, teacher_log_probs, teacher_weights, tail, columns)
     if teacher_temperature is not None and teacher_temperature != temperature:
         known = f"the log-probabilities were stored at {teacher_temperature} and cannot be recomputed"
         raise ValueError(f"temperature: {temperature}; {known}")
     which = choose(backend, hidden_states)
     mask, labels = only_supervised(hidden_states, mask, labels, rows, ignore_index)
+    check_values(teacher_ids, teacher_log_probs, teacher_weights, mask, columns)
     if which == "reference":
         return reference.topk_distillation_loss(
             hidden_states,
@@ -160,36 +155,6 @@ def topk_distillation_loss(
         *asdict(Options(columns, tail, temperature, cap, logit_scale, ignore_index, label_smoothing)).values(),
     )
     return both.distilled(loss, sums)
-
-
-def _checked_teacher(
-    hidden_states: torch.Tensor,  # (..., D)
-    ids: torch.Tensor,  # (..., k)
-    log_probs: torch.Tensor,
-    weights: torch.Tensor | None,
-    tail: str,
-    vocab_size: int,
-) -> torch.Tensor:
-    """Which places are filled."""
-    one_of("tail", tail, TAILS)
-    if (tail == "sampled") != (weights is not None):
-        raise ValueError(f"teacher_weights: should be given with tail 'sampled', and only then; tail is {tail!r}")
-    same_rows("teacher_ids", ids, "k", hidden_states, "hidden_states")
-    if not ids.shape[-1]:
-        raise ValueError(f"teacher_ids: shape {tuple(ids.shape)}; should have at least one class by row")
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"teacher_ids: {ids.dtype}; should be integers")
-    for name, tensor in (("teacher_log_probs", log_probs), ("teacher_weights", weights)):
-        same_shape(name, tensor, ids.shape, "place of teacher_ids")
-        if tensor is not None:
-            floating(name, tensor)
-    same_device(hidden_states, "hidden_states", teacher_ids=ids, teacher_log_probs=log_probs, teacher_weights=weights)
-    filled = log_probs > -torch.inf
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = ids[filled & ((ids < 0) | (ids >= vocab_size))]
-        if wrong.numel():
-            raise ValueError(f"teacher_ids: {int(wrong[0])} is no class; should be 0 to {vocab_size - 1}")
-    return filled
 
 
 @torch.library.custom_op("fleetune::topk_distillation", mutates_args=())
