@@ -154,6 +154,7 @@ def coral(
     *,
     group: torch.distributed.ProcessGroup | None = None,
     sizes: Sizes | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """|C_s - C_t|²_F / (4 D²) of the unbiased covariances, a scalar in fp32 (fp64 stays fp64).
 
@@ -162,9 +163,11 @@ def coral(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or fewer than 2 rows on a side.
     """
-    problem = TwoSides({"source": source}, {"target": target}, 1, 2.0, group, sizes, "torch")
+    problem = TwoSides({"source": source}, {"target": target}, 1, 2.0, group, sizes, backend)
     problem.need_rows(2, "coral")
     with problem.full_precision():
+        if problem.chosen == "reference":
+            return reference.coral(problem.everyone(0)[0], problem.everyone(1)[0])
         difference = problem.covariance(0) - problem.covariance(1)
         return difference.square().sum() / (4 * source.shape[1] ** 2)
 
