@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,18 @@ ARGUMENTS = [
 def test_every_public_function_is_among_them() -> None:
     public = {name for name in fleetune_kernels.__all__ if inspect.isfunction(getattr(fleetune_kernels, name))}
     assert public == RIGHT.keys()
+
+
+@pytest.mark.parametrize("function", RIGHT)
+def test_help_has_a_line_for_every_argument(function: str) -> None:
+    public: Callable[..., object] = getattr(fleetune_kernels, function)
+    arguments = (inspect.getdoc(public) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    lines = dict(line.strip().split(": ", 1) for line in arguments.splitlines())
+    parameters = inspect.signature(public).parameters
+    assert list(lines) == list(parameters)
+    for name, parameter in parameters.items():
+        if parameter.annotation in ("torch.Tensor", "torch.Tensor | None"):
+            assert re.match(r"\(.*\)", lines[name]) or "likewise" in lines[name], (name, lines[name])
 
 
 @pytest.mark.parametrize(("function", "name"), ARGUMENTS)
