@@ -96,8 +96,8 @@ def linear_distillation_loss(
         backend: auto, triton, torch or reference.
 
     Raises:
-        ValueError: an argument that is wrong, by name; a label that is no class (nan on a GPU, see `check_labels`); rows
-            that are none, or one twice (looked for on a CPU alone).
+        ValueError: an argument that is wrong, by name; a label that is no class (nan on a GPU, see `check_labels`);
+            on a CPU rows that are none, or one twice.
         RuntimeError: a backward pass with create_graph=True.
     """
     student_hidden, student_weight, student_bias = as_autocast(student_hidden, student_weight, student_bias)
