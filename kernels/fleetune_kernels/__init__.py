@@ -1,11 +1,12 @@
 """Losses for fine-tuning. On torch and triton alone; usable without Fleetune."""
 
 from fleetune_kernels.distillation import distillation_loss
+from fleetune_kernels.labels import check_labels
 from fleetune_kernels.linear_cross_entropy import linear_cross_entropy
 from fleetune_kernels.linear_distillation import linear_distillation_loss
 from fleetune_kernels.mmd import coral, jmmd, lmmd, mmd
 from fleetune_kernels.reference import Distilled, Stats, supervised_weight
-from fleetune_kernels.softmax_cross_entropy import check_labels, cross_entropy
+from fleetune_kernels.softmax_cross_entropy import cross_entropy
 from fleetune_kernels.topk_distillation import topk_distillation_loss
 
 __all__ = [

@@ -42,9 +42,16 @@ def one_of(name: str, value: str, legal: Sequence[str]) -> None:
         raise ValueError(f"{name}: {value!r}; should be one of {', '.join(legal)}")
 
 
-def same_shape(name: str, tensor: torch.Tensor | None, shape: torch.Size, of: str) -> None:
-    if tensor is not None and tensor.shape != shape:
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)} does not fit {of} of shape {tuple(shape)}")
+def same_shape(name: str, tensor: torch.Tensor | None, shape: Sequence[int], one_for: str) -> None:
+    if tensor is not None and tensor.shape != tuple(shape):
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}; should be {tuple(shape)}, one for each {one_for}")
+
+
+def same_rows(name: str, tensor: torch.Tensor, last: str, like: torch.Tensor, of: str) -> None:
+    """The shape is that of `like`, the argument `of`, but for the last axis, which is called `last`."""
+    if tensor.shape[:-1] != like.shape[:-1] or tensor.ndim != like.ndim:
+        should = f"({', '.join([*map(str, like.shape[:-1]), last])})"
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}; should be {should}, the rows of {of}")
 
 
 def floating(name: str, tensor: torch.Tensor) -> None:
@@ -75,6 +82,12 @@ def integers(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{name}: {tensor.dtype}; should be integers")
     return tensor if tensor.dtype.is_signed else tensor.long()
+
+
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether its values may be looked at: on a GPU that would wait for it, and traced and fake tensors have none."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def full_precision(tensor: torch.Tensor) -> AbstractContextManager[Any]:

@@ -21,7 +21,7 @@ import torch
 
 from fleetune_kernels import reference
 from fleetune_kernels.arguments import checked
-from fleetune_kernels.backends import choose, floating, once, one_of, same_device, scalar
+from fleetune_kernels.backends import choose, floating, once, one_of, same_device, same_rows, same_shape, scalar
 from fleetune_kernels.divergences import Options, checked_options, rows
 from fleetune_kernels.reference import as_list, or_infinity, supervised_rows
 from fleetune_kernels.softmax_cross_entropy import REDUCTIONS, SMALL
@@ -29,17 +29,17 @@ from fleetune_kernels.softmax_cross_entropy import REDUCTIONS, SMALL
 
 @checked
 def distillation_loss(
-    student_logits: torch.Tensor,  # (..., V)
-    teacher_logits: torch.Tensor | Sequence[torch.Tensor],  # (..., V); of several, the mean of the soft targets
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | Sequence[torch.Tensor],
     *,
     temperature: float = 1.0,
-    divergence: str = "forward_kl",  # forward_kl | reverse_kl | jsd | tvd
+    divergence: str = "forward_kl",
     beta: float = 0.5,
-    mask: torch.Tensor | None = None,  # (...) bool, True where supervised
-    token_weights: torch.Tensor | None = None,  # (...), by row
-    vocab_size: int | None = None,  # only the first columns of both count; the rest is padding
+    mask: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+    vocab_size: int | None = None,
     reduction: str = "mean",
-    num_items: torch.Tensor | float | None = None,  # scalar, on the device
+    num_items: torch.Tensor | float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """The loss in fp32 (fp64 for fp64): a scalar, or one by row for reduction none.
@@ -47,6 +47,19 @@ def distillation_loss(
     mean divides by `num_items`, which the caller counted over all ranks and micro-batches, or else by the weight of
     the rows that are supervised here. Where none is, the loss is 0 and so is the gradient. `student_logits` alone is
     differentiated, and once: its gradient is handed out by the first backward pass.
+
+    Args:
+        student_logits: (..., V), floating-point.
+        teacher_logits: (..., V), or a list of them: then the mean of their probabilities is the target.
+        temperature: tau, a finite number above 0.
+        divergence: forward_kl, reverse_kl, jsd or tvd.
+        beta: the teacher's share of jsd's middle, between 0 and 1.
+        mask: (...) bool, True where a row counts; by default all.
+        token_weights: (...), the weight of each row.
+        vocab_size: how many of the first columns of both are classes; the rest is padding.
+        reduction: none, mean or sum.
+        num_items: what mean divides by: a number, or a tensor of one element on the device.
+        backend: auto, triton, torch or reference.
 
     Raises:
         ValueError: an argument that is wrong, by name.
@@ -102,9 +115,7 @@ def check_teachers(student: torch.Tensor, teachers: Sequence[torch.Tensor], voca
     width = student.shape[-1]
     for name, logits in zip(names, teachers, strict=True):
         floating(name, logits)
-        if logits.shape[:-1] != student.shape[:-1]:
-            shape = tuple(student.shape)
-            raise ValueError(f"{name}: shape {tuple(logits.shape)} does not fit student_logits of shape {shape}")
+        same_rows(name, logits, "V", student, "student_logits")
         if vocab_size is None and logits.shape[-1] != width:
             raise ValueError(f"{name}: {logits.shape[-1]} columns, student_logits have {width}; vocab_size cuts both")
     same_device(student, "student_logits", **dict(zip(names, teachers, strict=True)))
@@ -125,9 +136,7 @@ def check_rows(
     labels: torch.Tensor | None = None,
 ) -> None:
     for argument, tensor in (("mask", mask), ("token_weights", token_weights), ("labels", labels)):
-        if tensor is not None and tensor.shape != of.shape[:-1]:
-            shape = tuple(of.shape)
-            raise ValueError(f"{argument}: shape {tuple(tensor.shape)} does not fit {name} of shape {shape}")
+        same_shape(argument, tensor, of.shape[:-1], f"row of {name}")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask: {mask.dtype}; should be bool, True where a row is supervised")
     same_device(of, name, mask=mask, token_weights=token_weights, labels=labels)

@@ -55,7 +55,7 @@ class Options:
 def checked_options(options: Options) -> Options:
     one_of("divergence", options.divergence, DIVERGENCES)
     if not 0.0 < options.temperature < math.inf:
-        raise ValueError(f"temperature: {options.temperature}; should be above 0")
+        raise ValueError(f"temperature: {options.temperature}; should be a finite number above 0")
     if not 0.0 < options.beta < 1.0:
         raise ValueError(f"beta: {options.beta}; should be between 0 and 1")
     if not 0.0 <= options.label_smoothing <= 1.0:

@@ -19,13 +19,23 @@ import torch
 
 from fleetune_kernels import reference
 from fleetune_kernels.arguments import checked
-from fleetune_kernels.backends import as_autocast, choose, floating, integers, once, same_device, same_shape, scalar
+from fleetune_kernels.backends import (
+    as_autocast,
+    choose,
+    floating,
+    integers,
+    once,
+    readable,
+    same_device,
+    same_shape,
+    scalar,
+)
 from fleetune_kernels.head import Wanted, accumulator, scaled, walk
 from fleetune_kernels.head_terms import counted
+from fleetune_kernels.labels import check_classes
 from fleetune_kernels.reference import Stats, only_rows
 from fleetune_kernels.softmax_cross_entropy import (
     Options,
-    check_classes,
     check_rows,
     checked_options,
     mean_divisor,
@@ -35,23 +45,23 @@ from fleetune_kernels.softmax_cross_entropy import rows as softmax_rows
 
 @checked
 def linear_cross_entropy(
-    hidden_states: torch.Tensor,  # (..., D)
-    lm_head_weight: torch.Tensor,  # (V, D)
-    labels: torch.Tensor,  # (...), integer classes or ignore_index
+    hidden_states: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    labels: torch.Tensor,
     *,
-    bias: torch.Tensor | None = None,  # (V,)
-    weight: torch.Tensor | None = None,  # (V,), by class
-    token_weights: torch.Tensor | None = None,  # (...), by row
+    bias: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    vocab_size: int | None = None,  # only the first rows of the head count; the rest is padding
+    vocab_size: int | None = None,
     reduction: str = "mean",
-    num_items: torch.Tensor | float | None = None,  # scalar, on the device
+    num_items: torch.Tensor | float | None = None,
     return_stats: bool = False,
-    rows: torch.Tensor | None = None,  # (R,), distinct: the supervised ones of the flattened rows
+    rows: torch.Tensor | None = None,
     low_memory: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -60,8 +70,29 @@ def linear_cross_entropy(
     `rows` leaves all other rows out of every GEMM, as if they were ignored. On a CPU they are found here; on a GPU
     looking for them would wait for the device, so the caller passes what the host knows from making the batch.
 
+    Args:
+        hidden_states: (..., D), floating-point.
+        lm_head_weight: (V, D), in their dtype.
+        labels: (...), integer classes, or `ignore_index` where a row has none.
+        bias: (V,), of the head.
+        weight: (V,), or (vocab_size,) where that is given: the weight of each class.
+        token_weights: (...), the weight of each row.
+        ignore_index: the label of a row that has none.
+        label_smoothing: the share of the target, 0 to 1, that is spread over all classes.
+        z_loss: multiplies lse², which is added to each row's loss.
+        softcap: c of c tanh(logit / c), which keeps logits between -c and c; None leaves them.
+        logit_scale: multiplies the logits, before the cap.
+        vocab_size: how many of the head's first rows are classes; the rest is padding.
+        reduction: none, mean or sum.
+        num_items: what mean divides by: a number, or a tensor of one element on the device.
+        return_stats: whether `Stats` by row come beside the loss.
+        rows: (R,), distinct indices of the flattened rows that count, where the host knows them.
+        low_memory: whether gradients are formed in the backward pass: less memory, for one more product.
+        backend: auto, triton, torch or reference.
+
     Raises:
-        ValueError: an argument that is wrong, by name; a label that is no class (nan on a GPU, see `check_labels`).
+        ValueError: an argument that is wrong, by name; a label that is no class (nan on a GPU, see `check_labels`);
+            on a CPU rows that are none, or one twice.
         RuntimeError: a backward pass with create_graph=True.
     """
     hidden_states, lm_head_weight, bias = as_autocast(hidden_states, lm_head_weight, bias)
@@ -137,11 +168,24 @@ def check_head(
         raise ValueError(f"{weight_name}: {lm_head_weight.dtype}; {hidden_name} has {hidden_states.dtype}")
     if bias is not None and bias.dtype != lm_head_weight.dtype:
         raise ValueError(f"{prefix}bias: {bias.dtype}; {weight_name} has {lm_head_weight.dtype}")
-    same_shape(f"{prefix}bias", bias, torch.Size([shape[0]]), weight_name)
+    same_shape(f"{prefix}bias", bias, shape[:1], f"row of {weight_name}")
     same_device(hidden_states, hidden_name, **{weight_name: lm_head_weight, f"{prefix}bias": bias, "rows": rows})
     if rows is not None and (rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool):
         raise ValueError(f"rows: {rows.dtype} of shape {tuple(rows.shape)}; should be the indices (R,) of rows")
+    if rows is not None:
+        _check_indices(rows, hidden_states.shape[:-1].numel(), hidden_name)
     return int(shape[0])
+
+
+def _check_indices(rows: torch.Tensor, count: int, name: str) -> None:
+    """Where looking does not wait for a device."""
+    if not readable(rows):
+        return
+    wrong = rows[(rows < 0) | (rows >= count)]
+    if wrong.numel():
+        raise ValueError(f"rows: {int(wrong[0])} is no row; should be 0 to {count - 1}, the flattened rows of {name}")
+    if len(rows) > int(torch.zeros(count, dtype=torch.bool).index_fill(0, rows.long(), True).sum()):
+        raise ValueError("rows: one is there twice; should be distinct")
 
 
 @torch.library.custom_op("fleetune::linear_cross_entropy", mutates_args=())

@@ -12,6 +12,7 @@ Chunks as in Liger-Kernel's fused JSD (arXiv 2410.10989), with tau², any of fou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -19,55 +20,84 @@ import torch
 
 from fleetune_kernels import reference
 from fleetune_kernels.arguments import checked
-from fleetune_kernels.backends import as_autocast, choose, integers, scalar
+from fleetune_kernels.backends import as_autocast, choose, integers, same_rows, scalar
 from fleetune_kernels.distillation import check_rows, checked_columns
 from fleetune_kernels.divergences import Options, checked_options
 from fleetune_kernels.divergences import rows as divergences
 from fleetune_kernels.head import Wanted, walk
 from fleetune_kernels.head_terms import check_labelled, counted, only_supervised, picked, register, terms
+from fleetune_kernels.labels import check_classes
 from fleetune_kernels.linear_cross_entropy import check_head
 from fleetune_kernels.reference import Distilled, as_list
-from fleetune_kernels.softmax_cross_entropy import check_classes
 
 
 @checked
 def linear_distillation_loss(
-    student_hidden: torch.Tensor,  # (..., D)
-    student_weight: torch.Tensor,  # (V, D)
-    teacher_hidden: torch.Tensor | Sequence[torch.Tensor],  # (..., E); of several, the mean of the soft targets
-    teacher_weight: torch.Tensor | Sequence[torch.Tensor],  # (V, E)
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor | Sequence[torch.Tensor],
+    teacher_weight: torch.Tensor | Sequence[torch.Tensor],
     *,
-    student_bias: torch.Tensor | None = None,  # (V,)
-    teacher_bias: torch.Tensor | Sequence[torch.Tensor | None] | None = None,  # (V,)
-    labels: torch.Tensor | None = None,  # (...), integer classes or ignore_index
+    student_bias: torch.Tensor | None = None,
+    teacher_bias: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+    labels: torch.Tensor | None = None,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
-    kd_num_items: torch.Tensor | float | None = None,  # scalars, on the device
+    kd_num_items: torch.Tensor | float | None = None,
     ce_num_items: torch.Tensor | float | None = None,
     temperature: float = 1.0,
-    divergence: str = "forward_kl",  # forward_kl | reverse_kl | jsd | tvd
+    divergence: str = "forward_kl",
     beta: float = 0.5,
-    mask: torch.Tensor | None = None,  # (...) bool; where labels are given, by default the rows that have one
-    token_weights: torch.Tensor | None = None,  # (...), by row
+    mask: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
-    vocab_size: int | None = None,  # only the first rows of both heads count; the rest is padding
-    rows: torch.Tensor | None = None,  # (R,): those of the flattened rows that count in either term
+    vocab_size: int | None = None,
+    rows: torch.Tensor | None = None,
     low_memory: bool = False,
     backend: str = "auto",
 ) -> Distilled:
-    """(loss, kd, ce) in fp32 (fp64 for fp64): kd and ce without their weights, detached.
+    """`Distilled`, scalars in fp32 (fp64 for fp64): the loss; kd and ce, detached, without their weights.
 
     Each term is divided by its num_items, counted by the caller over all ranks and micro-batches, or else by the
     weight of its own supervised rows here; a term without any is 0. `rows` leaves all other rows out of every GEMM. On
     a CPU they are found here; on a GPU looking for them would wait for the device. The student alone is differentiated.
 
+    Args:
+        student_hidden: (..., D), floating-point.
+        student_weight: (V, D), in their dtype.
+        teacher_hidden: (..., E), or a list of them: then the mean of their probabilities is the target.
+        teacher_weight: (V, E), or one for each teacher.
+        student_bias: (V,), of the student's head.
+        teacher_bias: (V,), or one, or None, for each teacher.
+        labels: (...), integer classes, or `ignore_index` where a row has none.
+        kd_weight: multiplies the divergence.
+        ce_weight: multiplies the labels' cross-entropy.
+        kd_num_items: what the divergence is divided by: a number, or a tensor of one element on the device.
+        ce_num_items: what the cross-entropy is divided by, likewise.
+        temperature: tau, a finite number above 0.
+        divergence: forward_kl, reverse_kl, jsd or tvd.
+        beta: the teacher's share of jsd's middle, between 0 and 1.
+        mask: (...) bool, True where a row counts; by default where it has a label, or all.
+        token_weights: (...), the weight of each row.
+        ignore_index: the label of a row that has none.
+        label_smoothing: the share of the target, 0 to 1, that is spread over all classes.
+        student_softcap: c of c tanh(logit / c), which keeps logits between -c and c; None leaves them.
+        teacher_softcap: the teacher's, likewise.
+        student_logit_scale: multiplies the student's logits, before the cap.
+        teacher_logit_scale: multiplies the teacher's.
+        vocab_size: how many of the first rows of both heads are classes; the rest is padding.
+        rows: (R,), distinct indices of the flattened rows that count in either term, where the host knows them.
+        low_memory: whether gradients are formed in the backward pass: less memory, for one more product.
+        backend: auto, triton, torch or reference.
+
     Raises:
-        ValueError: an argument that is wrong, by name; a label that is no class (nan on a GPU, see `check_labels`).
+        ValueError: an argument that is wrong, by name; a label that is no class (nan on a GPU, see `check_labels`);
+            on a CPU rows that are none, or one twice.
         RuntimeError: a backward pass with create_graph=True.
     """
     student_hidden, student_weight, student_bias = as_autocast(student_hidden, student_weight, student_bias)
@@ -166,11 +196,9 @@ def _teachers(
         raise ValueError("teacher_hidden: an empty list; should be one tensor or several")
     for name, tensors in (("teacher_weight", weights), ("teacher_bias", biases)):
         if len(tensors) != len(hiddens):
-            raise ValueError(f"{name}: {len(tensors)} for {len(hiddens)} teachers")
+            raise ValueError(f"{name}: {len(tensors)} for {len(hiddens)} teachers; should be one for each")
     for tensor in hiddens:
-        if tensor.shape[:-1] != student_hidden.shape[:-1]:
-            shapes = f"{tuple(tensor.shape)} does not fit student_hidden of shape {tuple(student_hidden.shape)}"
-            raise ValueError(f"teacher_hidden: shape {shapes}")
+        same_rows("teacher_hidden", tensor, "E", student_hidden, "student_hidden")
         if tensor.device != student_hidden.device:
             raise ValueError(f"teacher_hidden: on {tensor.device}; student_hidden is on {student_hidden.device}")
     return (
@@ -198,15 +226,17 @@ def _check_heads(
         check_head(hidden, weight, bias, None, "teacher_", "teacher_weight", "teacher_hidden")
         for hidden, weight, bias in zip(hiddens, weights, biases, strict=True)
     ]
-    if vocab_size is None and any(other != width for other in widths):
-        raise ValueError(f"teacher_weight: {widths} rows, student_weight has {width}; vocab_size cuts both")
+    for index, other in enumerate(widths):
+        if vocab_size is None and other != width:
+            name = f"teacher_weight[{index}]" if widths[1:] else "teacher_weight"
+            raise ValueError(f"{name}: {other} rows; student_weight has {width}, and vocab_size cuts both")
     return checked_columns(vocab_size, min(width, *widths))
 
 
 def checked_softcap(name: str, softcap: float | None) -> float:
     """0 for none."""
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"{name}: {softcap}; should be above 0, or None")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"{name}: {softcap}; should be a finite number above 0, or None")
     return softcap or 0.0
 
 

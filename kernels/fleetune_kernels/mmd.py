@@ -27,7 +27,7 @@ import torch
 
 from fleetune_kernels import reference_mmd as reference
 from fleetune_kernels.arguments import checked
-from fleetune_kernels.backends import floating, one_of, same_device
+from fleetune_kernels.backends import floating, one_of, readable, same_device
 from fleetune_kernels.gathering import Sizes
 from fleetune_kernels.two_sides import Bandwidth, TwoSides
 
@@ -36,15 +36,15 @@ ESTIMATORS = ("biased", "unbiased", "linear")
 
 @checked
 def mmd(
-    source: torch.Tensor,  # (n, D)
-    target: torch.Tensor,  # (m, D)
+    source: torch.Tensor,
+    target: torch.Tensor,
     *,
     num_kernels: int = 5,
     factor: float = 2.0,
-    bandwidth: Bandwidth | None = None,  # a number above 0, or a tensor of one
+    bandwidth: Bandwidth | None = None,
     estimator: str = "biased",
-    source_weights: torch.Tensor | None = None,  # (n,)
-    target_weights: torch.Tensor | None = None,  # (m,)
+    source_weights: torch.Tensor | None = None,
+    target_weights: torch.Tensor | None = None,
     group: torch.distributed.ProcessGroup | None = None,
     sizes: Sizes | None = None,
     backend: str = "auto",
@@ -52,10 +52,26 @@ def mmd(
     """MMD² between two sets of features, a scalar in fp32 (fp64 stays fp64), with gradients for both.
 
     estimator: biased (V-statistic), unbiased (U-statistic, divided by 1 - sum w² on each side) or linear (disjoint
-    consecutive pairs of the first min(n, m) rows; O(n), no weights).
+    consecutive pairs of the first min(n, m) rows of each side, less one where that is odd; O(n), no weights). Of sides
+    that are unequal, linear compares no more of the longer one, whose rest counts in the bandwidth alone.
+
+    Args:
+        source: (n, D), floating-point.
+        target: (m, D), in the same dtype.
+        num_kernels: K, how many Gaussians the kernel sums.
+        factor: between the variances of one Gaussian and the next; a finite number above 0.
+        bandwidth: a finite number above 0, or a tensor of one; by default the mean of d² over the pairs.
+        estimator: biased, unbiased or linear.
+        source_weights: (n,), 0 or more, not all 0; normalised to sum 1.
+        target_weights: (m,), likewise.
+        group: the process group whose ranks' rows all count.
+        sizes: (source rows, target rows) of each rank of the group.
+        backend: auto, triton, torch or reference.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit, or too few rows for the estimator.
+        ValueError: shapes, dtypes, devices or options that do not fit, or too few rows for the estimator. On a CPU
+            also weights that are negative, or less than one (unbiased: two) above 0; on a GPU, where looking would
+            wait for it, they give nan or a number without meaning.
     """
     problem = TwoSides({"source": source}, {"target": target}, num_kernels, factor, group, sizes, backend)
     problem.take_bandwidths(None if bandwidth is None else {"bandwidth": bandwidth})
@@ -64,15 +80,15 @@ def mmd(
 
 @checked
 def jmmd(
-    source_layers: Sequence[torch.Tensor],  # each (n, D_l)
-    target_layers: Sequence[torch.Tensor],  # each (m, D_l)
+    source_layers: Sequence[torch.Tensor],
+    target_layers: Sequence[torch.Tensor],
     *,
     num_kernels: int = 5,
     factor: float = 2.0,
     bandwidth: Sequence[Bandwidth] | None = None,
     estimator: str = "biased",
-    source_weights: torch.Tensor | None = None,  # (n,)
-    target_weights: torch.Tensor | None = None,  # (m,)
+    source_weights: torch.Tensor | None = None,
+    target_weights: torch.Tensor | None = None,
     group: torch.distributed.ProcessGroup | None = None,
     sizes: Sizes | None = None,
     backend: str = "auto",
@@ -80,6 +96,19 @@ def jmmd(
     """Joint MMD²: as `mmd`, with the product of the layers' kernels for kernel, each with its own bandwidth.
 
     The backend `triton` runs the plain PyTorch tiles for several layers.
+
+    Args:
+        source_layers: each (n, D_l), floating-point.
+        target_layers: each (m, D_l), in the same order and dtype.
+        num_kernels: K, how many Gaussians the kernel of each layer sums.
+        factor: between the variances of one Gaussian and the next; a finite number above 0.
+        bandwidth: one for each layer, as in `mmd`.
+        estimator: biased, unbiased or linear.
+        source_weights: (n,), 0 or more, not all 0; normalised to sum 1.
+        target_weights: (m,), likewise.
+        group: the process group whose ranks' rows all count.
+        sizes: (source rows, target rows) of each rank of the group.
+        backend: auto, triton, torch or reference.
 
     Raises:
         ValueError: as `mmd`, or layers that differ in number or rows.
@@ -101,10 +130,10 @@ def jmmd(
 
 @checked
 def lmmd(
-    source: torch.Tensor,  # (n, D)
-    target: torch.Tensor,  # (m, D)
-    source_labels: torch.Tensor,  # (n,), integer classes
-    target_probs: torch.Tensor,  # (m, C)
+    source: torch.Tensor,
+    target: torch.Tensor,
+    source_labels: torch.Tensor,
+    target_probs: torch.Tensor,
     *,
     num_kernels: int = 5,
     factor: float = 2.0,
@@ -121,8 +150,20 @@ def lmmd(
 
     The backend `triton` runs the plain PyTorch tiles.
 
+    Args:
+        source: (n, D), floating-point.
+        target: (m, D), in the same dtype.
+        source_labels: (n,), integer classes.
+        target_probs: (m, C), 0 or more: the probabilities of the classes.
+        num_kernels: K, how many Gaussians the kernel sums.
+        factor: between the variances of one Gaussian and the next; a finite number above 0.
+        bandwidth: a finite number above 0, or a tensor of one; by default the mean of d² over the pairs.
+        group: the process group whose ranks' rows all count.
+        sizes: (source rows, target rows) of each rank of the group.
+        backend: auto, triton, torch or reference.
+
     Raises:
-        ValueError: as `mmd`.
+        ValueError: as `mmd`; on a CPU also negative probabilities.
     """
     problem = TwoSides({"source": source}, {"target": target}, num_kernels, factor, group, sizes, backend)
     problem.need_rows(1, "lmmd")
@@ -138,6 +179,8 @@ def lmmd(
     same_device(source, "source", source_labels=source_labels, target_probs=target_probs)
     with problem.full_precision():
         labels, probs = problem.gather(source_labels, 0), problem.gather(target_probs, 1).to(problem.dtype)
+        if readable(probs) and not bool(((probs >= 0) & (probs < torch.inf)).all()):
+            raise ValueError("target_probs: should be finite numbers of 0 or more")
         if problem.chosen == "reference":
             options = problem.kernel_options(layer=0)
             source, target = problem.everyone(0)[0], problem.everyone(1)[0]
@@ -147,22 +190,33 @@ def lmmd(
 
 @checked
 def coral(
-    source: torch.Tensor,  # (n, D)
-    target: torch.Tensor,  # (m, D)
+    source: torch.Tensor,
+    target: torch.Tensor,
     *,
     group: torch.distributed.ProcessGroup | None = None,
     sizes: Sizes | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """|C_s - C_t|²_F / (4 D²) of the unbiased covariances, a scalar in fp32 (fp64 stays fp64).
 
-    Memory: O(D²), and a copy of the rows. Ranks sum their shares of the covariances: features never travel.
+    Memory: O(D²), and a copy of the rows. Ranks sum their shares of the covariances: features do not travel,
+    but for the backend `reference`.
+
+    Args:
+        source: (n, D), floating-point.
+        target: (m, D), in the same dtype.
+        group: the process group whose ranks' rows all count.
+        sizes: (source rows, target rows) of each rank of the group.
+        backend: as in `mmd`; reference is the formula, and all others the same products of PyTorch.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or fewer than 2 rows on a side.
     """
-    problem = TwoSides({"source": source}, {"target": target}, 1, 2.0, group, sizes, "torch")
+    problem = TwoSides({"source": source}, {"target": target}, 1, 2.0, group, sizes, backend)
     problem.need_rows(2, "coral")
     with problem.full_precision():
+        if problem.chosen == "reference":
+            return reference.coral(problem.everyone(0)[0], problem.everyone(1)[0])
         difference = problem.covariance(0) - problem.covariance(1)
         return difference.square().sum() / (4 * source.shape[1] ** 2)
 
@@ -182,16 +236,22 @@ def _joint(
         if weights is not None and estimator == "linear":
             raise ValueError(f"{name}: given to the linear estimator; should be None, or take biased or unbiased")
     same_device(problem.sides[0][0], "source", **given)
-    problem.need_rows(1 if estimator == "biased" else 2, f"the {estimator} estimator")
+    least = 1 if estimator == "biased" else 2
+    problem.need_rows(least, f"the {estimator} estimator")
     with problem.full_precision():
         if problem.chosen == "reference":
             options = problem.kernel_options() | {"estimator": estimator}
             if estimator != "linear":
-                options |= {name: problem.weights(weights, side) for side, (name, weights) in enumerate(given.items())}
+                options |= {
+                    name: problem.weights(weights, side, least) for side, (name, weights) in enumerate(given.items())
+                }
             return reference.jmmd(problem.everyone(0), problem.everyone(1), **options)
         if estimator == "linear":
             return problem.linear()
-        signed = [problem.weights(source_weights, 0)[:, None], -problem.weights(target_weights, 1)[:, None]]
+        signed = [
+            problem.weights(source_weights, 0, least)[:, None],
+            -problem.weights(target_weights, 1, least)[:, None],
+        ]
         uniform = source_weights is None and target_weights is None
         return problem.over_pairs(signed, unbiased=estimator == "unbiased", uniform=uniform)
 

@@ -252,13 +252,20 @@ def topk_distillation_loss(
 
 @checked
 def supervised_weight(
-    labels: torch.Tensor,  # (...)
+    labels: torch.Tensor,
     *,
-    weight: torch.Tensor | None = None,  # (V,)
-    token_weights: torch.Tensor | None = None,  # (...)
+    weight: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
     ignore_index: int = -100,
 ) -> torch.Tensor:
-    """The divisor of the mean: sum_i u_i w[y_i] over supervised labels, as an fp64 scalar: any cut sums to the same."""
+    """The divisor of the mean: sum_i u_i w[y_i] over supervised labels, as an fp64 scalar: any cut sums to the same.
+
+    Args:
+        labels: (...), integer classes, or `ignore_index` where a row has none.
+        weight: (V,), the weight of each class.
+        token_weights: (...), the weight of each row.
+        ignore_index: the label of a row that has none.
+    """
     kept = labels != ignore_index
     total = kept.double()
     if token_weights is not None:

@@ -33,6 +33,7 @@ from fleetune_kernels.backends import (
     same_shape,
     scalar,
 )
+from fleetune_kernels.labels import check_classes
 from fleetune_kernels.reference import Stats, or_infinity, supervised_weight
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -57,19 +58,19 @@ class Options:
 
 @checked
 def cross_entropy(
-    logits: torch.Tensor,  # (..., V)
-    labels: torch.Tensor,  # (...), integer classes or ignore_index
+    logits: torch.Tensor,
+    labels: torch.Tensor,
     *,
-    weight: torch.Tensor | None = None,  # (V,), by class
-    token_weights: torch.Tensor | None = None,  # (...), by row
+    weight: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    vocab_size: int | None = None,  # only the first columns count; the rest is padding
+    vocab_size: int | None = None,
     reduction: str = "mean",
-    num_items: torch.Tensor | float | None = None,  # scalar, on the device
+    num_items: torch.Tensor | float | None = None,
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -78,6 +79,22 @@ def cross_entropy(
     mean divides by `num_items`, which the caller counted over all ranks and micro-batches, or else by the weight of
     the rows that are supervised here. Rows with `ignore_index` count nothing; where all are, the loss is 0 and so are
     the gradients. `logits` alone is differentiated, and once: its gradient is handed out by the first backward pass.
+
+    Args:
+        logits: (..., V), floating-point.
+        labels: (...), integer classes, or `ignore_index` where a row has none.
+        weight: (V,), or (vocab_size,) where that is given: the weight of each class.
+        token_weights: (...), the weight of each row.
+        ignore_index: the label of a row that has none.
+        label_smoothing: the share of the target, 0 to 1, that is spread over all classes.
+        z_loss: multiplies lse², which is added to each row's loss.
+        softcap: c of c tanh(logit / c), which keeps logits between -c and c; None leaves them.
+        logit_scale: multiplies the logits, before the cap.
+        vocab_size: how many of the first columns are classes; the rest is padding.
+        reduction: none, mean or sum.
+        num_items: what mean divides by: a number, or a tensor of one element on the device.
+        return_stats: whether `Stats` by row come beside the loss.
+        backend: auto, triton, torch or reference.
 
     Raises:
         ValueError: an argument that is wrong, by name; a label that is no class (on a GPU such a label makes the loss
@@ -128,20 +145,6 @@ def cross_entropy(
     return (loss, Stats(*stats.detach().reshape(4, *labels.shape))) if return_stats else loss
 
 
-@checked
-def check_labels(labels: torch.Tensor, vocab_size: int, ignore_index: int = -100) -> None:
-    """Waits for the device.
-
-    Raises:
-        ValueError: a label that is neither a class nor ignore_index, with its value.
-    """
-    labels = integers("labels", labels)
-    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))]
-    if wrong.numel():
-        found, last = int(wrong.flatten()[0]), vocab_size - 1
-        raise ValueError(f"labels: {found} is no class; should be 0 to {last}, or {ignore_index} to ignore the row")
-
-
 def checked_options(
     width: int,
     vocab_size: int | None,
@@ -156,8 +159,8 @@ def checked_options(
         raise ValueError(f"vocab_size: {vocab_size}; should be 1 to {width}, the width of the logits")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: {label_smoothing}; should be 0 to 1")
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap: {softcap}; should be above 0, or None")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap: {softcap}; should be a finite number above 0, or None")
     columns = width if vocab_size is None else vocab_size
     return Options(columns, ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale, return_stats)
 
@@ -172,18 +175,10 @@ def check_rows(
     reduction: str,
 ) -> None:
     one_of("reduction", reduction, REDUCTIONS)
-    if labels.shape != scores.shape[:-1]:
-        raise ValueError(f"labels: shape {tuple(labels.shape)} does not fit {name} of shape {tuple(scores.shape)}")
-    same_shape("token_weights", token_weights, labels.shape, "labels")
-    if weight is not None and weight.shape != (vocab_size,):
-        raise ValueError(f"weight: shape {tuple(weight.shape)} does not fit {vocab_size} classes")
+    same_shape("labels", labels, scores.shape[:-1], f"row of {name}")
+    same_shape("token_weights", token_weights, labels.shape, f"row of {name}")
+    same_shape("weight", weight, [vocab_size], "class")
     same_device(scores, name, labels=labels, weight=weight, token_weights=token_weights)
-
-
-def check_classes(labels: torch.Tensor | None, vocab_size: int, ignore_index: int) -> None:
-    """Where looking does not wait for a device."""
-    if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_labels(labels, vocab_size, ignore_index)
 
 
 def mean_divisor(

@@ -19,19 +19,23 @@ import torch
 
 from fleetune_kernels import reference
 from fleetune_kernels.arguments import checked
-from fleetune_kernels.backends import as_autocast, choose, floating, integers, one_of, same_device, scalar
+from fleetune_kernels.backends import (
+    as_autocast,
+    choose,
+    integers,
+    scalar,
+)
 from fleetune_kernels.distillation import check_rows, checked_columns
 from fleetune_kernels.divergences import Options as DivergenceOptions
 from fleetune_kernels.divergences import checked_options
 from fleetune_kernels.head import Wanted, walk
 from fleetune_kernels.head_terms import check_labelled, counted, only_supervised, picked, register, terms
+from fleetune_kernels.labels import check_classes
 from fleetune_kernels.linear_cross_entropy import check_head
 from fleetune_kernels.linear_distillation import checked_softcap
 from fleetune_kernels.reference import Distilled
-from fleetune_kernels.softmax_cross_entropy import check_classes
 from fleetune_kernels.softmaxes import softmaxes
-
-TAILS = ("zero", "uniform", "sampled")
+from fleetune_kernels.stored_teacher import check_values, checked_teacher
 
 
 @dataclass(frozen=True)
@@ -49,40 +53,68 @@ class Options:
 
 @checked
 def topk_distillation_loss(
-    hidden_states: torch.Tensor,  # (..., D)
-    lm_head_weight: torch.Tensor,  # (V, D)
-    teacher_ids: torch.Tensor,  # (..., k), distinct in a row
-    teacher_log_probs: torch.Tensor,  # (..., k), at the temperature; -inf marks an empty place
+    hidden_states: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    teacher_ids: torch.Tensor,
+    teacher_log_probs: torch.Tensor,
     *,
-    teacher_weights: torch.Tensor | None = None,  # (..., k), count / R; for `sampled`
-    tail: str = "zero",  # zero | uniform | sampled
+    teacher_weights: torch.Tensor | None = None,
+    tail: str = "zero",
     temperature: float = 1.0,
-    teacher_temperature: float | None = None,  # at which the log-probabilities were stored, where the caller knows it
-    bias: torch.Tensor | None = None,  # (V,)
-    labels: torch.Tensor | None = None,  # (...), integer classes or ignore_index
+    teacher_temperature: float | None = None,
+    bias: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
-    kd_num_items: torch.Tensor | float | None = None,  # scalars, on the device
+    kd_num_items: torch.Tensor | float | None = None,
     ce_num_items: torch.Tensor | float | None = None,
-    mask: torch.Tensor | None = None,  # (...) bool; where labels are given, by default the rows that have one
-    token_weights: torch.Tensor | None = None,  # (...), by row
+    mask: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    vocab_size: int | None = None,  # only the first rows of the head count; the rest is padding
-    rows: torch.Tensor | None = None,  # (R,): those of the flattened rows that count in either term
+    vocab_size: int | None = None,
+    rows: torch.Tensor | None = None,
     low_memory: bool = False,
     backend: str = "auto",
 ) -> Distilled:
-    """(loss, kd, ce) in fp32 (fp64 for fp64): kd and ce without their weights, detached.
+    """`Distilled`, scalars in fp32 (fp64 for fp64): the loss; kd and ce, detached, without their weights.
 
     Divisors, `rows` and `low_memory` as in `linear_distillation_loss`. An empty place may hold any id. The gradients
     are those of the head and its hidden states; the teacher's values are never differentiated.
 
+    Args:
+        hidden_states: (..., D), floating-point.
+        lm_head_weight: (V, D), in their dtype.
+        teacher_ids: (..., k), integer classes, distinct in a row.
+        teacher_log_probs: (..., k), of them, at the temperature; -inf marks an empty place.
+        teacher_weights: (..., k), count / R of R draws from the teacher; for the tail `sampled` alone.
+        tail: zero, uniform or sampled: what the other classes have.
+        temperature: tau, a finite number above 0.
+        teacher_temperature: at which the log-probabilities were stored, where the caller knows it.
+        bias: (V,), of the head.
+        labels: (...), integer classes, or `ignore_index` where a row has none.
+        kd_weight: multiplies the divergence.
+        ce_weight: multiplies the labels' cross-entropy.
+        kd_num_items: what the divergence is divided by: a number, or a tensor of one element on the device.
+        ce_num_items: what the cross-entropy is divided by, likewise.
+        mask: (...) bool, True where a row counts; by default where it has a label, or all.
+        token_weights: (...), the weight of each row.
+        ignore_index: the label of a row that has none.
+        label_smoothing: the share of the target, 0 to 1, that is spread over all classes.
+        softcap: c of c tanh(logit / c), which keeps logits between -c and c; None leaves them.
+        logit_scale: multiplies the logits, before the cap.
+        vocab_size: how many of the head's first rows are classes; the rest is padding.
+        rows: (R,), distinct indices of the flattened rows that count in either term, where the host knows them.
+        low_memory: whether gradients are formed in the backward pass: less memory, for one more product.
+        backend: auto, triton, torch or reference.
+
     Raises:
-        ValueError: an argument that is wrong, by name; a label or an id that is no class (nan on a GPU, where a check
-            would wait for the device); a teacher stored at another temperature, which k values cannot undo.
+        ValueError: an argument that is wrong, by name; a teacher stored at another temperature, which k values cannot
+            undo. On a CPU also: a label or an id that is no class (nan on a GPU, where looking would wait for the
+            device); rows as in `linear_cross_entropy`; in a row that counts a class twice, log-probabilities above 0
+            or negative weights (a loss without meaning on a GPU).
         RuntimeError: a backward pass with create_graph=True.
     """
     hidden_states, lm_head_weight, bias = as_autocast(hidden_states, lm_head_weight, bias)
@@ -96,12 +128,13 @@ def topk_distillation_loss(
     ce_num_items = None if ce_num_items is None else scalar("ce_num_items", ce_num_items, hidden_states)
     check_rows(hidden_states, "hidden_states", mask, token_weights, labels)
     check_classes(labels, columns, ignore_index)
-    filled = _checked_teacher(hidden_states, teacher_ids, teacher_log_probs, teacher_weights, tail, columns)
+    filled = checked_teacher(hidden_states, teacher_ids, teacher_log_probs, teacher_weights, tail, columns)
     if teacher_temperature is not None and teacher_temperature != temperature:
         known = f"the log-probabilities were stored at {teacher_temperature} and cannot be recomputed"
         raise ValueError(f"temperature: {temperature}; {known}")
     which = choose(backend, hidden_states)
     mask, labels = only_supervised(hidden_states, mask, labels, rows, ignore_index)
+    check_values(teacher_ids, teacher_log_probs, teacher_weights, mask, columns)
     if which == "reference":
         return reference.topk_distillation_loss(
             hidden_states,
@@ -150,37 +183,6 @@ def topk_distillation_loss(
         *asdict(Options(columns, tail, temperature, cap, logit_scale, ignore_index, label_smoothing)).values(),
     )
     return both.distilled(loss, sums)
-
-
-def _checked_teacher(
-    hidden_states: torch.Tensor,  # (..., D)
-    ids: torch.Tensor,  # (..., k)
-    log_probs: torch.Tensor,
-    weights: torch.Tensor | None,
-    tail: str,
-    vocab_size: int,
-) -> torch.Tensor:
-    """Which places are filled."""
-    one_of("tail", tail, TAILS)
-    if (tail == "sampled") != (weights is not None):
-        raise ValueError(f"teacher_weights: should be given with tail 'sampled', and only then; tail is {tail!r}")
-    if ids.ndim != hidden_states.ndim or ids.shape[:-1] != hidden_states.shape[:-1] or not ids.shape[-1]:
-        shape = tuple(hidden_states.shape)
-        raise ValueError(f"teacher_ids: shape {tuple(ids.shape)} does not fit hidden_states of shape {shape}")
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"teacher_ids: {ids.dtype}; should be integers")
-    for name, tensor in (("teacher_log_probs", log_probs), ("teacher_weights", weights)):
-        if tensor is not None and tensor.shape != ids.shape:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; teacher_ids has {tuple(ids.shape)}")
-        if tensor is not None:
-            floating(name, tensor)
-    same_device(hidden_states, "hidden_states", teacher_ids=ids, teacher_log_probs=log_probs, teacher_weights=weights)
-    filled = log_probs > -torch.inf
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = ids[filled & ((ids < 0) | (ids >= vocab_size))]
-        if wrong.numel():
-            raise ValueError(f"teacher_ids: {int(wrong[0])} is no class; should be 0 to {vocab_size - 1}")
-    return filled
 
 
 @torch.library.custom_op("fleetune::topk_distillation", mutates_args=())

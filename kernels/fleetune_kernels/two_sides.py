@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fleetune_kernels.backends import choose, floating, full_precision
+from fleetune_kernels.backends import choose, floating, full_precision, readable
 from fleetune_kernels.gathering import Sizes, check_sizes, gather, offset, total, with_own
 from fleetune_kernels.pairwise import centre_of, mean_distance
 from fleetune_kernels.pairwise_op import sum_over_pairs
@@ -39,7 +39,7 @@ class TwoSides:
         if num_kernels < 1 or num_kernels != int(num_kernels):
             raise ValueError(f"num_kernels: {num_kernels!r}; should be a whole number of at least 1")
         if not 0 < factor < math.inf:
-            raise ValueError(f"factor: {factor!r}; should be above 0")
+            raise ValueError(f"factor: {factor!r}; should be a finite number above 0")
         self.num_kernels, self.factor, self.group = int(num_kernels), float(factor), group
         self.own_rows = len(first), len(self.sides[1][0])
         self.counts = list(zip(*check_sizes(group, sizes, self.own_rows), strict=True))  # of every rank, by side
@@ -60,7 +60,7 @@ class TwoSides:
                     )
                 self.bandwidths.append(value.detach().reshape(()).to(self.dtype))
             elif not 0 < value < math.inf:
-                raise ValueError(f"{name}: {value!r}; should be above 0")
+                raise ValueError(f"{name}: {value!r}; should be a finite number above 0")
             else:
                 self.bandwidths.append(self._full((), value))
 
@@ -82,11 +82,20 @@ class TwoSides:
         own = own.detach()
         return own if self.group is None else gather(own, self.counts[side], self.group)
 
-    def weights(self, given: torch.Tensor | None, side: int) -> torch.Tensor:
-        """(rows of all ranks,), with sum 1."""
+    def weights(self, given: torch.Tensor | None, side: int, least: int) -> torch.Tensor:
+        """(rows of all ranks,), with sum 1.
+
+        Raises:
+            ValueError: a negative one, or less than `least` above 0, where looking does not wait for a device.
+        """
         if given is None:
             return self._full((self.rows[side],), 1 / self.rows[side])
         everyone = self.gather(given.to(self.dtype), side)
+        if readable(everyone):
+            legal = bool(((everyone >= 0) & (everyone < math.inf)).all())
+            if not legal or int(everyone.count_nonzero()) < least:
+                name = ("source_weights", "target_weights")[side]
+                raise ValueError(f"{name}: should be finite numbers of 0 or more, with at least {least} above 0")
         return everyone / everyone.sum()
 
     def kernel_options(self, layer: int | None = None) -> dict[str, Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fleetune_kernels
+from fleetune_kernels.backends import readable
 
 HIDDEN, WEIGHT, LOGITS = torch.randn(4, 8), torch.randn(10, 8), torch.randn(4, 10)
 LABELS, IDS = torch.arange(4), torch.arange(3).repeat(4, 1)
@@ -50,6 +53,18 @@ ARGUMENTS = [
 def test_every_public_function_is_among_them() -> None:
     public = {name for name in fleetune_kernels.__all__ if inspect.isfunction(getattr(fleetune_kernels, name))}
     assert public == RIGHT.keys()
+
+
+@pytest.mark.parametrize("function", RIGHT)
+def test_help_has_a_line_for_every_argument(function: str) -> None:
+    public: Callable[..., object] = getattr(fleetune_kernels, function)
+    arguments = (inspect.getdoc(public) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    lines = dict(line.strip().split(": ", 1) for line in arguments.splitlines())
+    parameters = inspect.signature(public).parameters
+    assert list(lines) == list(parameters)
+    for name, parameter in parameters.items():
+        if parameter.annotation in ("torch.Tensor", "torch.Tensor | None"):
+            assert re.match(r"\(.*\)", lines[name]) or "likewise" in lines[name], (name, lines[name])
 
 
 @pytest.mark.parametrize(("function", "name"), ARGUMENTS)
@@ -103,6 +118,14 @@ def test_what_is_right_stays_right(function: str) -> None:
     call: Callable[..., object] = getattr(fleetune_kernels, function)
     call(**RIGHT[function])
     call(*RIGHT[function].values())
+
+
+def test_values_are_looked_at_on_a_cpu_alone() -> None:
+    assert readable(LOGITS)
+    assert not readable(LOGITS.to("meta"))
+    with FakeTensorMode():
+        assert not readable(torch.empty(3))
+    assert torch.compile(lambda x: x + readable(x), fullgraph=True, backend="eager")(torch.zeros(1)) == 0
 
 
 def test_numpys_numbers_and_parameters_are_right() -> None:

@@ -373,7 +373,10 @@ def test_memory_is_the_gradient_and_some_blocks(
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another shape of the teacher": ({"teacher_logits": torch.zeros(5, 300)}, r"teacher_logits: shape \(5, 300\)"),
+    "another shape of the teacher": (
+        {"teacher_logits": torch.zeros(5, 300)},
+        r"teacher_logits: shape \(5, 300\); should be \(6, V\), the rows of student_logits",
+    ),
     "one teacher of several": (
         {"teacher_logits": [torch.zeros(6, 300), torch.zeros(6, 299)]},
         r"teacher_logits\[1\]: 299 columns, student_logits have 300",
@@ -382,11 +385,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an integer teacher": ({"teacher_logits": torch.zeros(6, 300, dtype=torch.long)}, "teacher_logits: torch.int64"),
     "a teacher elsewhere": ({"teacher_logits": torch.zeros(6, 300, device="meta")}, "teacher_logits: on meta"),
     "an integer student": ({"student_logits": torch.zeros(6, 300, dtype=torch.long)}, "student_logits: torch.int64"),
-    "a mask of another shape": ({"mask": torch.ones(5, dtype=torch.bool)}, r"mask: shape \(5,\)"),
+    "a mask of another shape": (
+        {"mask": torch.ones(5, dtype=torch.bool)},
+        r"mask: shape \(5,\); should be \(6,\), one for each row of student_logits",
+    ),
     "a mask of numbers": ({"mask": torch.ones(6)}, "mask: torch.float32; should be bool"),
     "token weights of another shape": ({"token_weights": torch.ones(6, 1)}, r"token_weights: shape \(6, 1\)"),
     "token weights elsewhere": ({"token_weights": torch.ones(6, device="meta")}, "token_weights: on meta"),
-    "no temperature": ({"temperature": 0.0}, "temperature: 0.0; should be above 0"),
+    "no temperature": ({"temperature": 0.0}, "temperature: 0.0; should be a finite number above 0"),
+    "an infinite temperature": ({"temperature": math.inf}, "temperature: inf; should be a finite number above 0"),
     "no middle": ({"divergence": "jsd", "beta": 1.0}, "beta: 1.0; should be between 0 and 1"),
     "an unknown divergence": ({"divergence": "kl"}, "divergence: 'kl'; should be one of forward_kl, reverse_kl"),
     "an unknown reduction": ({"reduction": "average"}, "reduction: 'average'; should be one of none, mean, sum"),

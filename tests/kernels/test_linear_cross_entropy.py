@@ -316,6 +316,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a bias of another length": ({"bias": torch.zeros(49)}, r"bias: shape \(49,\)"),
     "labels of another shape": ({"labels": torch.zeros(5, dtype=torch.long)}, r"labels: shape \(5,\)"),
     "rows as a mask": ({"rows": torch.ones(6, dtype=torch.bool)}, "rows: torch.bool"),
+    "a row beyond the last": (
+        {"rows": torch.tensor([0, 6])},
+        "rows: 6 is no row; should be 0 to 5, the flattened rows",
+    ),
+    "a negative row": ({"rows": torch.tensor([-1])}, "rows: -1 is no row"),
+    "a row twice": ({"rows": torch.tensor([2, 3, 2])}, "rows: one is there twice; should be distinct"),
     "rows elsewhere": ({"rows": torch.zeros(6, dtype=torch.long, device="meta")}, "rows: on meta"),
     "a label that is no class": ({"labels": torch.full((6,), 50)}, "labels: 50 is no class; should be 0 to 49"),
     "integer hidden states": ({"hidden_states": torch.zeros(6, 8, dtype=torch.long)}, "hidden_states: torch.int64"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -360,9 +361,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a gathered head that is empty": ({"student_weight": torch.zeros(0)}, "under ZeRO-3"),
     "a teacher of another width": ({"teacher_weight": torch.zeros(61, 8)}, r"teacher_weight: shape \(61, 8\)"),
     "a head of another dtype": ({"student_weight": torch.zeros(61, 16).half()}, "student_weight: torch.float16"),
-    "other rows of the teacher": ({"teacher_hidden": torch.zeros(4, 16)}, r"teacher_hidden: shape \(4, 16\)"),
-    "another vocabulary": ({"teacher_weight": torch.zeros(60, 16)}, r"teacher_weight: \[60\] rows"),
-    "a bias of another length": ({"student_bias": torch.zeros(3)}, r"student_bias: shape \(3,\)"),
+    "other rows of the teacher": (
+        {"teacher_hidden": torch.zeros(4, 16)},
+        r"teacher_hidden: shape \(4, 16\); should be \(5, E\)",
+    ),
+    "another vocabulary": (
+        {"teacher_weight": torch.zeros(60, 16)},
+        "teacher_weight: 60 rows; student_weight has 61, and vocab_size cuts both",
+    ),
+    "another vocabulary of one of two": (
+        {"teacher_hidden": [torch.zeros(5, 16)] * 2, "teacher_weight": [torch.zeros(61, 16), torch.zeros(60, 16)]},
+        r"teacher_weight\[1\]: 60 rows",
+    ),
+    "a bias of another length": ({"student_bias": torch.zeros(3)}, r"student_bias: shape \(3,\); should be \(61,\)"),
     "a head less than teachers": ({"teacher_hidden": [torch.zeros(5, 16)] * 2}, "teacher_weight: 1 for 2 teachers"),
     "a bias more than teachers": ({"teacher_bias": [None, None]}, "teacher_bias: 2 for 1 teachers"),
     "a teacher elsewhere": ({"teacher_hidden": torch.zeros(5, 16, device="meta")}, "teacher_hidden: on meta"),
@@ -371,10 +382,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "labels of floats": ({"labels": torch.zeros(5)}, "labels: torch.float32"),
     "a mask of numbers": ({"mask": torch.ones(5)}, "mask: torch.float32"),
     "rows that are no indices": ({"rows": torch.ones(5)}, "rows: torch.float32"),
+    "a row beyond the last": ({"rows": torch.tensor([5])}, "rows: 5 is no row; should be 0 to 4, .* of student_hidden"),
     "no temperature": ({"temperature": -1.0}, "temperature: -1.0"),
     "no middle": ({"beta": 0.0}, "beta: 0.0"),
     "an unknown divergence": ({"divergence": "kl"}, "divergence: 'kl'"),
     "no cap": ({"teacher_softcap": 0.0}, "teacher_softcap: 0.0"),
+    "a cap without end": ({"teacher_softcap": math.inf}, "teacher_softcap: inf; should be a finite number above 0"),
     "too much smoothing": ({"label_smoothing": 2.0}, "label_smoothing: 2.0"),
     "too large a vocabulary": ({"vocab_size": 62}, "vocab_size: 62; should be 1 to 61"),
     "an unknown backend": ({"backend": "cuda"}, "backend: 'cuda'"),

@@ -73,7 +73,7 @@ def test_a_real_gpu_is_never_waited_for(backend: str, dimension: int) -> None:
     mmd(source, target, backend=backend).backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        mmd(source, target, backend=backend, estimator="unbiased").backward()
+        mmd(source, target, backend=backend, estimator="unbiased", source_weights=source[:, 0].square()).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -258,3 +258,14 @@ def test_lmmd_without_a_class_in_common_is_0() -> None:
 def test_coral_is_as_exact_as_eager(dtype: torch.dtype, dimension: int) -> None:
     source, target = features(30, dimension, dtype), features(21, dimension, dtype, seed=1)
     judge(coral, reference.coral, source=source, target=target)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS, "reference"])
+def test_coral_takes_every_backend(backend: str) -> None:
+    source, target = features(30, 12), features(21, 12, seed=1)
+    found, expected = (
+        gradients(loss, source=source, target=target)
+        for loss in (coral(source, target, backend=backend), reference.coral(source, target))
+    )
+    for name, one in expected.items():
+        torch.testing.assert_close(found[name], one)

@@ -176,12 +176,15 @@ def test_gradients_are_those_of_finite_differences(options: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": torch.zeros(4, dtype=torch.int64)}, r"labels: shape \(4,\) does not fit logits of shape \(3, 5\)"),
-        ({"labels": torch.zeros(3, 5, dtype=torch.int64)}, r"labels: shape \(3, 5\) does not fit logits of shape"),
-        ({"weight": torch.ones(4)}, r"weight: shape \(4,\) does not fit 5 classes"),
-        ({"weight": torch.tensor(1.0)}, r"weight: shape \(\) does not fit 5 classes"),
-        ({"token_weights": torch.ones(5)}, r"token_weights: shape \(5,\) does not fit labels of shape \(3,\)"),
-        ({"token_weights": torch.ones(3, 1)}, r"token_weights: shape \(3, 1\) does not fit labels of shape \(3,\)"),
+        (
+            {"labels": torch.zeros(4, dtype=torch.int64)},
+            r"labels: shape \(4,\); should be \(3,\), one for each row of logits",
+        ),
+        ({"labels": torch.zeros(3, 5, dtype=torch.int64)}, r"labels: shape \(3, 5\); should be \(3,\), one"),
+        ({"weight": torch.ones(4)}, r"weight: shape \(4,\); should be \(5,\), one for each class"),
+        ({"weight": torch.tensor(1.0)}, r"weight: shape \(\); should be \(5,\), one for each class"),
+        ({"token_weights": torch.ones(5)}, r"token_weights: shape \(5,\); should be \(3,\), one for each row of"),
+        ({"token_weights": torch.ones(3, 1)}, r"token_weights: shape \(3, 1\); should be \(3,\), one for each row"),
         ({"reduction": "average"}, r"reduction: 'average'; should be one of none, mean, sum"),
     ],
 )

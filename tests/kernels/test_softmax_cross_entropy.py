@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -346,6 +347,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too large a vocabulary": ({"vocab_size": 301}, "vocab_size: 301; should be 1 to 300"),
     "too much smoothing": ({"label_smoothing": 1.5}, "label_smoothing: 1.5"),
     "no cap": ({"softcap": 0.0}, "softcap: 0.0"),
+    "a cap without end": ({"softcap": math.inf}, "softcap: inf; should be a finite number above 0, or None"),
     "an unknown backend": ({"backend": "cuda"}, "backend: 'cuda'; should be one of auto, triton, torch, reference"),
     "fp64 in triton": ({"logits": torch.zeros(6, 300).double(), "backend": "triton"}, "backend: triton takes float32"),
 }

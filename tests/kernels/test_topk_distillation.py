@@ -13,7 +13,7 @@ from examples import BACKENDS, DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetune_kernels import head, softmaxes, topk_distillation, topk_distillation_loss
+from fleetune_kernels import head, softmaxes, stored_teacher, topk_distillation, topk_distillation_loss
 from fleetune_kernels.reference import distillation_loss
 
 TAILS = ["zero", "uniform", "sampled"]
@@ -37,6 +37,7 @@ Tensors = dict[str, Any]
 def _several_chunks_in_every_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(softmaxes, "BLOCK_BYTES", 2**14)
     monkeypatch.setattr(head, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(stored_teacher, "BLOCK_BYTES", 2**11)
 
 
 def example(rows: int, classes: int, places: int, tail: str, seed: int = 0) -> Tensors:
@@ -350,7 +351,7 @@ def test_memory_is_a_chunk_and_the_gradients(monkeypatch: pytest.MonkeyPatch) ->
     assert height("reference") > 8 * height("torch")
 
 
-IDS, PROBS = torch.zeros(5, 3, dtype=torch.long), torch.zeros(5, 3)
+IDS, PROBS = torch.arange(3).repeat(5, 1), torch.zeros(5, 3)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another temperature": ({"teacher_temperature": 1.0, "temperature": 2.0}, "temperature: 2.0; .* stored at 1.0"),
     "no weights to sample": ({"tail": "sampled"}, "teacher_weights: should be given with tail 'sampled'"),
@@ -358,14 +359,28 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown tail": ({"tail": "top"}, "tail: 'top'; should be one of zero, uniform, sampled"),
     "an id that is no class": ({"teacher_ids": IDS + 61}, "teacher_ids: 61 is no class; should be 0 to 60"),
     "an id of a float": ({"teacher_ids": PROBS}, "teacher_ids: torch.float32"),
-    "ids of other rows": ({"teacher_ids": IDS[:4]}, r"teacher_ids: shape \(4, 3\)"),
-    "no ids": ({"teacher_ids": IDS[:, :0]}, r"teacher_ids: shape \(5, 0\)"),
-    "values of another shape": ({"teacher_log_probs": PROBS[:, :2]}, r"teacher_log_probs: shape \(5, 2\)"),
+    "ids of other rows": (
+        {"teacher_ids": IDS[:4]},
+        r"teacher_ids: shape \(4, 3\); should be \(5, k\), the rows of hidden_states",
+    ),
+    "no ids": ({"teacher_ids": IDS[:, :0]}, r"teacher_ids: shape \(5, 0\); should have at least one class"),
+    "values of another shape": (
+        {"teacher_log_probs": PROBS[:, :2]},
+        r"teacher_log_probs: shape \(5, 2\); should be \(5, 3\)",
+    ),
     "values of integers": ({"teacher_log_probs": IDS}, "teacher_log_probs: torch.int64"),
+    "probabilities": ({"teacher_log_probs": torch.full((5, 3), 0.3)}, "teacher_log_probs: 0.3; should be 0 or less"),
+    "no number": ({"teacher_log_probs": torch.full((5, 3), math.nan)}, "teacher_log_probs: nan; should be 0 or less"),
+    "a class twice": ({"teacher_ids": torch.tensor([[1, 2, 3]] * 4 + [[4, 7, 4]])}, "teacher_ids: 4 is twice in a row"),
+    "a negative share": (
+        {"teacher_weights": torch.full((5, 3), -0.5), "tail": "sampled"},
+        "teacher_weights: -0.5; should be 0 or more",
+    ),
     "values elsewhere": ({"teacher_log_probs": PROBS.to("meta")}, "teacher_log_probs: on meta"),
     "a head of another width": ({"lm_head_weight": torch.zeros(61, 8)}, r"lm_head_weight: shape \(61, 8\)"),
     "a label that is no class": ({"labels": torch.full((5,), 61)}, "labels: 61 is no class"),
     "a mask of numbers": ({"mask": torch.ones(5)}, "mask: torch.float32"),
+    "a row beyond the last": ({"rows": torch.tensor([5])}, "rows: 5 is no row; should be 0 to 4"),
     "no temperature": ({"temperature": 0.0}, "temperature: 0.0"),
     "no cap": ({"softcap": -1.0}, "softcap: -1.0"),
     "too much smoothing": ({"label_smoothing": 2.0}, "label_smoothing: 2.0"),
@@ -380,6 +395,20 @@ def test_wrong_arguments_are_named(name: str) -> None:
     right |= {"teacher_ids": IDS, "teacher_log_probs": PROBS}
     with pytest.raises(ValueError, match=message):
         topk_distillation_loss(**(right | arguments))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="nobody looks on a GPU")
+def test_rows_that_do_not_count_and_empty_places_may_hold_anything() -> None:
+    hidden, head_ = torch.randn(3, 16), torch.randn(61, 16)
+    ids = torch.tensor([[5, 7, 5], [5, 7, 9], [8, 8, 8]])
+    log_probs = torch.tensor([[-1.0, -2.0, -math.inf], [-1.0, 0.005, -2.0], [3.0, 3.0, 3.0]])
+    mask = torch.tensor([True, True, False])
+    found = [
+        topk_distillation_loss(hidden, head_, ids, log_probs, backend=backend, **counting).loss
+        for backend in ("torch", "reference")
+        for counting in ({"mask": mask}, {"rows": torch.tensor([0, 1])}, {"labels": torch.tensor([1, 2, -100])})
+    ]
+    torch.testing.assert_close(torch.stack(found), found[0].expand(6))
 
 
 @pytest.mark.parametrize("tail", TAILS)
