@@ -1,8 +1,9 @@
 """The walk over a language model's head in chunks of rows: logits, what a loss turns them into, and the GEMMs back.
 
-For each chunk of rows: logits = x Wᵀ + b by one GEMM into a buffer that all chunks share; the loss turns them into
-their gradient in place; then dx = g W, dW += gᵀ x and db += sum g. dW and db are accumulated in fp32 (fp64 for fp64).
-No N x V matrix is ever alive: memory is one chunk, dx in the input's dtype, and dW in fp32.
+For each chunk of rows: logits = x Wᵀ + b by one GEMM, into a buffer that all chunks share or, one after the other, into
+their own; the loss turns them into their gradient in place; then dx = g W, dW += gᵀ x and db += sum g. dW and db are
+accumulated in fp32 (fp64 for fp64). No N x V matrix is ever alive: memory is one chunk, dx in the input's dtype, and dW
+in fp32.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fleetune_kernels.backends import full_precision
+from fleetune_kernels.products import makes_its_own, product
 
 # A chunk is large enough for the GEMMs to be efficient, and small enough for the memory: rows, then bytes.
 CHUNK_ROWS = 4096
@@ -65,25 +67,26 @@ def walk(
     weight = weight[:vocab_size]
     bias = None if bias is None else bias[:vocab_size]
     step = chunk_rows(vocab_size, hidden)
-    buffer = hidden.new_empty(min(step, count), vocab_size)
+    shared: torch.Tensor | None = None
     with full_precision(hidden):
         for start in range(0, count, step):
             at = slice(start, min(start + step, count))
             x = hidden[at] if rows is None else hidden.index_select(0, rows[at])
-            logits = buffer[: at.stop - at.start]
-            if bias is None:
-                torch.mm(x, weight.T, out=logits)
-            else:
-                torch.addmm(bias, x, weight.T, out=logits)
+            if shared is None and not makes_its_own(x, weight.T):
+                shared = hidden.new_empty(len(x), vocab_size)  # the first chunk is the largest
+            logits = product(x, weight.T, bias, out=None if shared is None else shared[: len(x)])
             turn(logits, at)
             if wanted.hidden and rows is None:
-                torch.mm(logits, weight, out=gradients.hidden[at])
+                into = gradients.hidden[at]
+                if (found := product(logits, weight, out=into)) is not into:
+                    into.copy_(found)
             elif wanted.hidden:
-                gradients.hidden.index_copy_(0, rows[at], torch.mm(logits, weight))  # type: ignore[index]
+                gradients.hidden.index_copy_(0, rows[at], product(logits, weight))  # type: ignore[index]
             if wanted.weight:
                 _add_product(gradients.weight[:vocab_size], logits.T, x)
             if wanted.bias:
                 gradients.bias[:vocab_size].add_(logits.sum(0, dtype=gradients.bias.dtype))
+            del logits  # before the next chunk has its own
     return gradients
 
 

@@ -28,6 +28,7 @@ from fleetune_kernels.head import Wanted, walk
 from fleetune_kernels.head_terms import check_labelled, counted, only_supervised, picked, register, terms
 from fleetune_kernels.labels import check_classes
 from fleetune_kernels.linear_cross_entropy import check_head
+from fleetune_kernels.products import makes_its_own, product
 from fleetune_kernels.reference import Distilled, as_list
 
 
@@ -317,7 +318,7 @@ register(_op, "linear_distillation_loss", tensors=12)
 
 
 class _TeacherLogits:
-    """Those of a chunk of rows, by a buffer for each teacher that all chunks share."""
+    """Those of a chunk of rows, in a buffer for each teacher that all chunks share where the product takes one."""
 
     def __init__(
         self,
@@ -330,19 +331,15 @@ class _TeacherLogits:
         self.hiddens, self.rows = hiddens, rows
         self.heads = [head[:vocab_size] for head in heads]
         self.biases = [bias[:vocab_size] for bias in biases]
-        self.buffers: list[torch.Tensor] = []
+        self.buffers: list[torch.Tensor | None] = [None] * len(heads)
 
     def __call__(self, at: slice) -> list[torch.Tensor]:
-        count = at.stop - at.start
-        if not self.buffers:  # the first chunk is the largest
-            self.buffers = [head.new_empty(count, len(head)) for head in self.heads]
         found = []
-        for hidden, head, bias, buffer in zip(self.hiddens, self.heads, self.biases, self.buffers, strict=True):
+        for number, (hidden, head, bias) in enumerate(zip(self.hiddens, self.heads, self.biases, strict=True)):
             x = hidden[at] if self.rows is None else hidden.index_select(0, self.rows[at])
-            out = buffer[:count]
-            if not len(bias):
-                torch.mm(x, head.T, out=out)
-            else:
-                torch.addmm(bias, x, head.T, out=out)
-            found.append(out)
+            if self.buffers[number] is None and not makes_its_own(x, head.T):
+                self.buffers[number] = head.new_empty(len(x), len(head))  # the first chunk is the largest
+            shared = self.buffers[number]
+            out = None if shared is None else shared[: len(x)]
+            found.append(product(x, head.T, bias if len(bias) else None, out=out))
         return found

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 
 from fleetune_kernels.pairwise import Pairs
+from fleetune_kernels.products import product
 
 TILE = 1024  # rows and columns of a tile: the two of one layer take 8 MB in fp32, which a CPU's last cache holds
 GPU_TILE = 4096
@@ -25,7 +26,7 @@ class Block:
     side: int
     start: int
     stop: int
-    features: list[torch.Tensor]  # by layer (B, D_l + 2): [z, 1, -c |z|²]
+    features: list[torch.Tensor]  # by layer (B, at least D_l + 2): [z, 1, -c |z|², 0, ...]
 
     @property
     def span(self) -> slice:
@@ -54,7 +55,7 @@ class _Sweep:
         like, area = pairs.centred[0].centre, tile**2
         widths = [centred.centre.numel() for centred in pairs.centred]
         self.left, self.own, self.right = ([_padded(like, tile, width + 2) for width in widths] for _ in range(3))
-        self.weighted = like.new_empty(tile * max(widths))
+        self.weighted = like.new_empty(max(buffer.numel() for buffer in self.own))
         self.products, self.power = like.new_empty(area), like.new_empty(0 if pairs.factor == 2 else area)
         self.slopes = [like.new_empty(area) for _ in widths]
         several = pairs.weighted_by_class or len(widths) > 1
@@ -74,17 +75,18 @@ class _Sweep:
         stop = min(start + self.tile, rows)
         filled = [buffer[: stop - start] for buffer in buffers]
         for layer, (out, centred) in enumerate(zip(filled, self.pairs.centred, strict=True)):
-            torch.sub(features[2 * layer + side][start:stop], centred.centre, out=out[:, :-2])
-            out[:, -2] = 1.0
-            torch.mul(centred.norms[side][offset + start : offset + stop], -centred.scale, out=out[:, -1])
+            width = len(centred.centre)
+            torch.sub(features[2 * layer + side][start:stop], centred.centre, out=out[:, :width])
+            out[:, width] = 1.0
+            torch.mul(centred.norms[side][offset + start : offset + stop], -centred.scale, out=out[:, width + 1])
         return Block(side, start, stop, filled)
 
     def turn_left(self, rows: Block) -> None:
         """[2c z, -c |z|², 1] of the rows."""
         for left, features, centred in zip(self.left, rows.features, self.pairs.centred, strict=True):
-            left = left[: len(features)]
-            torch.mul(features[:, :-2], 2 * centred.scale, out=left[:, :-2])
-            left[:, -2], left[:, -1] = features[:, -1], 1.0
+            left, width = left[: len(features)], len(centred.centre)
+            torch.mul(features[:, :width], 2 * centred.scale, out=left[:, :width])
+            left[:, width], left[:, width + 1] = features[:, width + 1], 1.0
 
     def columns(self, rows: Block) -> Iterator[Block]:
         """All columns; by symmetry those from the rows on."""
@@ -139,7 +141,7 @@ class _Sweep:
         """A tile of -c d², never positive, and exactly 0 between a row and itself."""
         left, right = self.left[layer][: len(rows.features[layer])], columns.features[layer]
         tile = _tile(self.products, (len(left), len(right)))
-        torch.mm(left, right.t(), out=tile).clamp_(max=0)
+        tile = product(left, right.t(), out=tile).clamp_(max=0)
         _zero_diagonal(tile, rows, columns, self.pairs)
         return tile
 
@@ -148,15 +150,15 @@ class _Sweep:
         index = 2 * layer + to.side
         if not self.pairs.wanted[index]:
             return
-        features, alpha = of.features[layer][:, :-2], 1.0
+        features, alpha = of.features[layer], 1.0
         if self.pairs.uniform:  # no pass over the features
-            weights, alpha = self.ones[: len(features)], self.pairs.uniform_weight(of.side, to.side)
-        else:
+            alpha = self.pairs.uniform_weight(of.side, to.side)
+        elif not self.pairs.weighted_by_class:
             weights = self.weights(of, to.side)
-        if not (self.pairs.uniform or self.pairs.weighted_by_class):
             features = torch.mul(features, weights[:, None], out=_tile(self.weighted, features.shape))
-        self.gradients[index][to.span].addmm_(slope, features, alpha=alpha)
-        self.row_sums[index][to.span].addmv_(slope, weights, alpha=alpha)
+        found, width = product(slope, features), self.gradients[index].shape[1]
+        self.gradients[index][to.span].add_(found[:, :width], alpha=alpha)
+        self.row_sums[index][to.span].add_(found[:, width], alpha=alpha)
 
     def weights(self, of: Block, seen_from: int | None) -> torch.Tensor:
         """(B,): a_j as the rows of a side weight it, a_i itself for None; 1 where the tile has its weights already."""
@@ -173,7 +175,7 @@ class _Sweep:
             index = 2 * layer + rows.side
             if self.pairs.wanted[index]:
                 gradient, row_sums = self.gradients[index][rows.span], self.row_sums[index][rows.span]
-                gradient.addcmul_(rows.features[layer][:, :-2], row_sums[:, None], value=-1)
+                gradient.addcmul_(rows.features[layer][:, : gradient.shape[1]], row_sums[:, None], value=-1)
                 gradient.mul_((4 * centred.scale * self.weights(rows, None))[:, None])
 
 
@@ -226,8 +228,8 @@ def _zero_diagonal(tile: torch.Tensor, rows: Block, columns: Block, pairs: Pairs
 
 
 def _padded(like: torch.Tensor, rows: int, width: int) -> torch.Tensor:
-    """Rows a multiple of 64 bytes apart: matrix products across cache lines are slower."""
-    return like.new_empty(rows, math.ceil(width / 16) * 16)[:, :width]
+    """Zeros behind the width, so that rows are whole cache lines without gaps, as matrix products want them."""
+    return like.new_zeros(rows, math.ceil(width / 16) * 16)
 
 
 def _tile(buffer: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
