@@ -47,6 +47,6 @@ def test_the_faster_library_takes_what_is_large_and_without_gaps() -> None:
 def test_where_there_is_none_the_result_stands_where_it_is_wanted() -> None:
     a, b = factors(512, 384, 512, "plain")
     out = torch.empty(512, 512)
-    with mock.patch.object(products, "_has_fast_onednn", lambda: False):
+    with mock.patch.object(products, "_has_fast_onednn", return_value=False):
         assert product(a, b, out=out) is out
     torch.testing.assert_close(out, a @ b)
