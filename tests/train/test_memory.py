@@ -81,6 +81,7 @@ def test_activations_grow_with_rows_and_layers_and_lora_trains_little(folder: Pa
     lora = found(model={"lora": {"r": 2}}, training={"per_device_train_batch_size": 4})
     assert lora["optimizer"] < one["optimizer"] / 4
     assert lora["checkpoint"] < one["checkpoint"] / 4
+    assert lora["loss"] < one["loss"]  # a frozen head has no gradient
     assert 20 < one["tokens"] <= 32
 
 
@@ -130,7 +131,8 @@ def test_only_what_is_possible_is_advised(folder: Path) -> None:
     height = report(heavy, 2, 1e-6)["height"] / 1e9
     assert report(heavy, 2, 0.97 * height)["change"] == ["training.sequence_parallel_size=2"]
     everything = report(heavy, 2, 0.5 * height)["change"]
-    assert everything[-1:] == ["deepspeed.offload_optimizer=cpu"]
+    assert everything
+    assert everything[-1].startswith("deepspeed.offload_")
     assert "training.sequence_parallel_size=4" not in everything  # of 2 ranks
 
 

@@ -47,6 +47,7 @@ class Model:
     head: int  # rows times width of a language model's head; 0 where there is none
     vocabulary: int
     teachers: tuple[int, ...]  # parameters of each that runs beside it
+    trains_head: bool = True
     quantized: tuple[int, ...] = ()  # of the parameters, those in 4 bits: how many each matrix has
 
 
@@ -130,7 +131,7 @@ def _loss_bytes(recipe: Recipe, model: Model, device: str) -> int:
     if recipe.kernels == "reference":
         return LOGITS * 4 * tokens * model.vocabulary
     chunk = min(CHUNK_BYTES[device], weight_bytes(recipe) * tokens * model.vocabulary)
-    return 4 * model.head + chunk * (1 + len(model.teachers))
+    return 4 * model.head * model.trains_head + chunk * (1 + len(model.teachers))
 
 
 def _checkpoint_bytes(recipe: Recipe, model: Model) -> int:
@@ -187,6 +188,7 @@ def measure(recipe: Recipe, longest: int, ranks: int, label_names: list[str], co
         0 if head is None else head.weight.numel(),
         int(whole.config.vocab_size),
         tuple(teachers),
+        head is not None and head.weight.requires_grad,
         quantized,
     )
 
