@@ -204,7 +204,10 @@ def build_model(
     model = operate(model, recipe.model, recipe.training.seed, config if other_head else None)
     if recipe.model.gradient_checkpointing:
         assert isinstance(model, PreTrainedModel)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(model, "activation_checkpointing_enable"):  # its name from Transformers 5.24 on
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.model.lora is not None:
         add_lora(model, recipe, recipe.model.lora, model_location(recipe.model.model_name_or_path))
     freeze(model, recipe.model.freeze)
