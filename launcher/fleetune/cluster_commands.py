@@ -151,18 +151,25 @@ def cancel(run: RunFolder, now: Annotated[bool, typer.Option("--now", help="With
     from fleetune.cluster import slurm
     from fleetune.schema import RecipeError
 
+    file, was = run / "cancel.json", None
+    is_first = not file.exists()
     try:
         job = slurm.job_of(run)
-        last = (runs.read_jsonl(runs.Run(run).attempts) or [{}])[-1]
-        if last.get("event") == "end" and last["exit_code"] == runs.DONE:
-            fail(f"{run}: is done; there is nothing to cancel")
-        runs.write_json(run / "cancel.json", {"job": job})
-        (slurm.cancel if now else slurm.stop)(job)
+        runs.write_json(file, {"job": job})  # before it is asked: what ends the attempt looks for this
+        was = slurm.end(job, at_once=now)
     except RecipeError as error:
         fail(str(error))
     except slurm.SlurmFailed as error:
         fail(str(error), 1)
-    typer.echo(f"{run}: job {job} is asked to {'end at once' if now else 'save and end'}")
+    finally:
+        if was is None and is_first:
+            file.unlink(missing_ok=True)
+    if was is None:
+        last = (runs.read_jsonl(runs.Run(run).attempts) or [{}])[-1]
+        is_done = last.get("event") == "end" and last["exit_code"] == runs.DONE
+        fail(f"{run}: {'is done' if is_done else f'its job {job} has ended'}; there is nothing to cancel")
+    done = "had not begun, and is cancelled" if was == "PENDING" else "is asked to save and end"
+    typer.echo(f"{run}: job {job} {'is cancelled' if now else done}")
 
 
 def logs(

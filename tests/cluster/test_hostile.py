@@ -87,5 +87,5 @@ def test_every_field_is_quoted_alike(field: str, cluster: DevCluster, tmp_path: 
         subprocess.run(["bash", "-c", setup_of(text)], capture_output=True, check=False)
     sent = subprocess.run(["sbatch", "--hold", "--parsable"], input=text, capture_output=True, text=True, check=False)
     if sent.returncode == 0:
-        slurm.cancel(sent.stdout.strip())
+        slurm.end(sent.stdout.strip(), at_once=True)
     assert not canary.exists()

@@ -1,13 +1,21 @@
-"""What sending a run fills in from the profile."""
+"""What sending a run fills in from the profile, and what becomes of what was sent: on a real Slurm."""
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import recipe_values
+import yaml
+from devcluster import DevCluster, eventually
+from tiny import recipe_values, write_rows
+from typer.testing import CliRunner, Result
 
+from fleetune import runs
+from fleetune.cli import app
 from fleetune.cluster.profile import Profile
 from fleetune.cluster.submit import with_failures
 from fleetune.schema import Recipe
@@ -30,3 +38,77 @@ def test_what_the_recipe_says_itself_stays() -> None:
         assert with_failures(asked, PROFILE) == asked
     asked = recipe(save_steps="auto")
     assert with_failures(asked, Profile(time="4h")) == asked
+
+
+# ---------------------------------------------------------------- what was sent
+
+
+def fleetune(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words))
+
+
+@pytest.fixture
+def send(cluster: DevCluster, tmp_path: Path) -> Iterator[Callable[..., Result]]:
+    """Sends the recipe NAME with a profile of these keys; what is left in the queue is cancelled."""
+    (tmp_path / "model").mkdir()
+    write_rows(tmp_path / "train.jsonl", 8)
+    write_rows(tmp_path / "validation.jsonl", 8, seed=1)
+
+    def sent(name: str, *words: str, **keys: Any) -> Result:
+        recipe_file, profile = tmp_path / f"{name}.yaml", tmp_path / "profile.yaml"
+        recipe_file.write_text(yaml.safe_dump(recipe_values(tmp_path, name)), encoding="utf-8")
+        profile.write_text(yaml.safe_dump({"time": "10m", "stop_seconds": 30, **keys}), encoding="utf-8")
+        return fleetune("submit", str(recipe_file), "--cluster", str(profile), *words)
+
+    yield sent
+    cluster.slurm("scancel", "--user=root")
+
+
+HELD = {"extra": {"hold": True}}
+
+
+def job_of(run: Path) -> str:
+    return str(runs.read_json(run / "job.json")["id"])
+
+
+def test_a_job_that_has_not_begun_is_cancelled_plainly(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path
+) -> None:
+    run, begun = tmp_path / "runs" / "held", time.monotonic()
+    assert send("held", **HELD).exit_code == 0
+    done = fleetune("cancel", str(run))
+    assert (done.exit_code, done.output) == (0, f"{run}: job {job_of(run)} had not begun, and is cancelled\n")
+    assert cluster.job(job_of(run))["JobState"] == "CANCELLED"
+    assert time.monotonic() - begun < 20
+    again = fleetune("cancel", str(run))
+    assert again.exit_code == 2
+    assert f"its job {job_of(run)} has ended; there is nothing to cancel" in again.stderr
+
+
+def test_a_cancelling_that_slurm_refuses_leaves_nothing(
+    send: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, refusing = tmp_path / "runs" / "held", tmp_path / "scancel"
+    send("held", **HELD)
+    refusing.write_text("#!/bin/sh\necho no permission >&2\nexit 1\n", encoding="utf-8")
+    refusing.chmod(0o700)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        done = fleetune("cancel", str(run))
+    assert (done.exit_code, done.stderr) == (1, "error: scancel: no permission\n")
+    assert not (run / "cancel.json").exists()
+
+
+def test_a_run_that_is_cancelled_before_its_tasks_are_up_is_cancelled(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path
+) -> None:
+    """There is none yet that could hear the signal."""
+    run = tmp_path / "runs" / "early"
+    send("early", setup=["sleep 3"])
+    assert eventually(lambda: cluster.job(job_of(run))["JobState"] == "RUNNING", 60)
+    assert "is asked to save and end" in fleetune("cancel", str(run)).output
+    again = send("early")
+    assert again.exit_code == 2
+    assert "is being cancelled" in again.stderr
+    assert eventually(lambda: not cluster.slurm("squeue", "--noheader"), 60)
+    assert [entry.get("kind") for entry in runs.read_jsonl(run / "attempts.jsonl")] == [None, "cancel"]

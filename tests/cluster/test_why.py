@@ -107,6 +107,12 @@ def test_a_job_that_was_cancelled_before_it_began_is_no_riddle(run: runs.Run) ->
     assert said == ("Job 7 was cancelled before it began.", "submit it again, if it is still wanted.")
 
 
+def test_a_run_that_was_cancelled_between_two_attempts_says_so(run: runs.Run) -> None:
+    ended(run, runs.FAILED, "a node failed", "node_failure", 5)
+    runs.write_json(run.path / "cancel.json", {"job": "7"})
+    assert "It was cancelled while it waited for its next attempt, at step 0 of 400." in told(run)
+
+
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is no run folder"):
         why_.why(runs.Run(tmp_path))

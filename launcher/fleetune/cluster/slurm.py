@@ -23,6 +23,7 @@ LIVE = frozenset(
      "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")
 )  # fmt: skip
 SECONDS = 60.0  # for a controller that is being restarted
+LOOKS = 30  # a second apart, at a job that is between two states
 HELD_SECONDS = 120.0  # that Slurm holds a requeued job back
 ENDING_SECONDS = 10.0  # of which its last start may need as many to be gone
 
@@ -206,10 +207,27 @@ def start_now(id_: str) -> bool:
     return True
 
 
-def stop(id_: str) -> None:
-    """Asks every rank to save and end."""
-    command("scancel", "--signal=USR2", id_)
+def end(id_: str, at_once: bool) -> str | None:
+    """Has a job's ranks save and end, or cancels it: `at_once`, or where it has not begun and there is nothing to save.
 
+    Returns the state that it was in, RUNNING or PENDING for the most part; None where it had ended already.
 
-def cancel(id_: str) -> None:
-    command("scancel", id_)
+    Raises:
+        SlurmFailed: the job stays between two states, in which it takes no signal, or Slurm does not do it.
+    """
+    for _ in range(LOOKS):
+        job = queue().get(id_)
+        if job is None or not job.is_live:
+            return None
+        if at_once:
+            command("scancel", id_)
+            return job.state
+        if job.state == "RUNNING":
+            command("scancel", "--signal=USR2", id_)
+            return job.state
+        if job.state == "PENDING":  # a signal would wait for it to begin; this leaves one alone that has begun by now
+            command("scancel", "--state=PENDING", id_)
+            if (now := queue().get(id_)) is None or not now.is_live:
+                return job.state
+        time.sleep(1.0)
+    raise SlurmFailed(f"scancel: job {id_} is {job}, and takes no signal to save; --now ends it without")

@@ -143,7 +143,10 @@ def test_only(text: str) -> str:
 
 
 def attached(run: runs.Run) -> Sent | None:
-    """The run's job that is in the queue, found by what job.json says; None where there is none."""
+    """The run's job that is in the queue, found by what job.json says; None where there is none.
+
+    Raises RecipeError where it is being cancelled.
+    """
     path = run.path / "job.json"
     if not path.exists():
         return None
@@ -156,7 +159,11 @@ def attached(run: runs.Run) -> Sent | None:
         job["id"] = id_
         runs.write_json(path, job)
     found = slurm.queue().get(job["id"])
-    return Sent(run, found.id, found.state, is_new=False) if found is not None and found.is_live else None
+    if found is None or not found.is_live:
+        return None
+    if (run.path / "cancel.json").exists():
+        raise RecipeError(f"{run.path}: job {found.id} is being cancelled; submit it again when that has ended")
+    return Sent(run, found.id, found.state, is_new=False)
 
 
 def with_failures(recipe: Recipe, profile: Profile) -> Recipe:

@@ -54,21 +54,26 @@ def conclude(run: runs.Run, job: str, restart: int, srun_code: int) -> int:
 def _end_of(run: runs.Run, notes: Path, srun_code: int) -> End:
     ended = [runs.read_json(path) for path in sorted(notes.glob("ended-*.json"))]
     failed = [one for one in ended if one["code"] not in (runs.DONE, runs.SAVED)]
+    cancelled = (run.path / "cancel.json").exists()
     if failed:
         if (hang := notes / "hang.json").exists():
             return End("crash", runs.FAILED, _how_they_hang(runs.read_json(hang), failed))
         # Nodes' clocks differ: what says most goes first, and only then what was said first.
         first = min(failed, key=_says_most)
+        if cancelled and first["code"] == runs.FAILED:
+            return End("cancel", runs.FAILED, f"cancelled, and not saved: {first['reason']}")
         kept = first["code"] if first["code"] in (runs.WRONG, runs.FAILED_FOR_GOOD) else runs.FAILED
         return End("crash" if kept == runs.FAILED else "wrong", kept, first["reason"])
     if ended and all(one["code"] == runs.DONE for one in ended) and srun_code == 0:
         return End("done", runs.DONE, "done")
     if any(one["code"] == runs.SAVED for one in ended) and srun_code == 0:
-        if (run.path / "cancel.json").exists():
+        if cancelled:
             return End("cancel", runs.SAVED, "cancelled: stopped and saved")
         if _time_is_over(run, notes.name.partition("-")[0]):
             return End("time_limit", runs.SAVED, "the time limit is near: stopped and saved")
         return End("preemption", runs.SAVED, "preempted: stopped and saved")
+    if cancelled:
+        return End("cancel", runs.FAILED, f"cancelled; a task ended without a word (srun: {srun_code})")
     return End("crash", runs.FAILED, f"a task ended without a word (srun: {srun_code})")
 
 
