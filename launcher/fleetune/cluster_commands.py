@@ -22,7 +22,7 @@ def submit(
         bool, typer.Option("--dry-run", help="Show the script and what sbatch says of it; send nothing.")
     ] = False,
     after: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Start once this run's job is done.", show_default=False)
+        Path | None, typer.Option(metavar="RUN", help="Start once this run is done.", show_default=False)
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="A new run under the next free name.")] = False,
 ) -> None:
@@ -36,16 +36,15 @@ def submit(
     loaded = load(recipe, overrides)
     try:
         profile = load_profile(cluster)
-        before = None if after is None else slurm.job_of(after)
         sent = None if fresh or dry_run else standing(loaded)
         for line in preflight.check(loaded, profile, cluster) if sent is None else ():
             typer.echo(f"warning   {line}", err=True)
         if dry_run:
-            text = script(loaded, profile, before)
+            text = script(loaded, profile, after)
             typer.echo(text)
             typer.echo(f"sbatch --test-only: {test_only(text)}")
             return
-        sent = sent or submit(loaded, profile, fresh, before)
+        sent = sent or submit(loaded, profile, fresh, after)
     except RecipeError as error:
         fail(str(error))
     except slurm.SlurmFailed as error:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from fleetune import runs
 from fleetune.cli import app
 from fleetune.cluster.profile import Profile
-from fleetune.cluster.submit import with_failures
+from fleetune.cluster.submit import awaited, with_failures
 from fleetune.schema import Recipe
 
 PROFILE = Profile(time="4h", nodes=16, failures_per_node_day=0.0065)
@@ -112,3 +112,47 @@ def test_a_run_that_is_cancelled_before_its_tasks_are_up_is_cancelled(
     assert "is being cancelled" in again.stderr
     assert eventually(lambda: not cluster.slurm("squeue", "--noheader"), 60)
     assert [entry.get("kind") for entry in runs.read_jsonl(run / "attempts.jsonl")] == [None, "cancel"]
+
+
+def test_a_run_is_waited_for_until_it_is_done_and_not_merely_until_its_job_has_ended(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path
+) -> None:
+    first, second = tmp_path / "runs" / "first", tmp_path / "runs" / "second"
+    assert send("first", setup=["sleep 3"]).exit_code == 0
+    assert send("second", "--after", str(first)).exit_code == 0
+    assert eventually(lambda: cluster.job(job_of(first))["JobState"] == "RUNNING", 60)
+    fleetune("cancel", str(first))
+    assert eventually(lambda: not cluster.slurm("squeue", "--noheader"), 60)
+    assert runs.read_jsonl(first / "attempts.jsonl")[-1]["kind"] == "cancel"
+    assert cluster.job(job_of(second))["JobState"] == "CANCELLED"
+    assert not (second / "attempts.jsonl").exists()
+    told = " ".join(fleetune("why", str(second)).stdout.split())
+    assert f"waited for {first}, and was cancelled: that run's job ended before the run was done" in told
+    third = send("third", "--after", str(first))
+    assert third.exit_code == 2
+    assert "is not done, and no job of it is in the queue (cancelled: " in third.stderr
+    assert not (tmp_path / "runs" / "third").exists()
+
+
+def test_a_run_that_is_done_is_not_waited_for(send: Callable[..., Result], tmp_path: Path) -> None:
+    done = runs.Run(tmp_path / "done")
+    done.path.mkdir()
+    runs.write_json(done.path / "run.json", {"id": "1"})
+    runs.append_jsonl(done.attempts, {"attempt": 1, "event": "end", "exit_code": runs.DONE, "reason": "done"})
+    assert awaited(done.path) is None
+    shown = send("next", "--dry-run", "--after", str(done.path))
+    assert shown.exit_code == 0, shown.stderr
+    assert "--dependency" not in shown.stdout
+    nothing = send("next", "--after", str(tmp_path / "nothing"))
+    assert nothing.exit_code == 2
+    assert "nothing: is no run folder" in nothing.stderr
+
+
+def test_a_requeued_job_is_still_waited_for(cluster: DevCluster, send: Callable[..., Result], tmp_path: Path) -> None:
+    send("first", setup=["sleep 60"])
+    send("second", "--after", str(tmp_path / "runs" / "first"))
+    first, second = (job_of(tmp_path / "runs" / name) for name in ("first", "second"))
+    assert eventually(lambda: cluster.job(first)["JobState"] == "RUNNING", 60)
+    cluster.slurm("scontrol", "requeue", first)
+    assert eventually(lambda: cluster.job(first)["Reason"] == "BeginTime", 60)
+    assert cluster.job(second)["Reason"] == "Dependency"

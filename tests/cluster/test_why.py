@@ -91,7 +91,7 @@ def test_an_attempt_without_an_end_is_at_work_or_was_cut_off(run: runs.Run) -> N
         ("Priority", "jobs of higher priority go first"),
         ("QOSMaxJobsPerUserLimit", "a limit of your account or qos is reached"),
         ("PartitionTimeLimit", "`time` is beyond what the partition allows"),
-        ("DependencyNeverSatisfied", "the run it waits for has failed"),
+        ("DependencyNeverSatisfied", "the run it waits for has ended before it was done"),
         ("Dependency", "it waits for another run"),
         ("ReqNodeNotAvail, UnavailableNodes:node3", "nodes it needs are down, or reserved"),
         ("SomethingNew", "not begun: SomethingNew."),

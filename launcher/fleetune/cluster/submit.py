@@ -28,6 +28,7 @@ from fleetune.cluster import slurm, snapshot
 from fleetune.cluster.local import Layout
 from fleetune.cluster.profile import CONTROL, Profile, minutes_of
 from fleetune.cluster.supervisor import supervise
+from fleetune.report import no_run
 from fleetune.schema import Recipe, RecipeError, hours_between_failures
 
 SENDING_SECONDS = 60.0  # after which an sbatch that was begun on another machine has come to its end
@@ -41,14 +42,15 @@ class Sent:
     is_new: bool
 
 
-def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | None = None) -> Sent:
-    """Sends the recipe's run. `standing` says whether it was sent before.
+def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: Path | None = None) -> Sent:
+    """Sends the recipe's run, to begin once the run `after` is done. `standing` says whether it was sent before.
 
     Raises:
-        RecipeError: the recipe does not fit the profile or the run that is there; Slurm refuses; or whether the run was
-            sent already cannot be known.
+        RecipeError: the recipe does not fit the profile or the run that is there; Slurm refuses; whether the run was
+            sent already cannot be known; or `after` ended before it was done.
     """
     slurm.require()
+    before = None if after is None else awaited(after)
     layout = Layout(profile.nodes, profile.ranks, profile.cpus_per_rank)
     cut_batch(recipe.training, layout.world_size)
     base = runs.Run(Path(recipe.output_dir) / recipe.name)
@@ -67,9 +69,10 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | N
         "host": os.uname().nodename,
         "folder": _folder(run, token),
         "stop_seconds": profile.stop_seconds,
+        **({} if before is None else {"after": str(after)}),
     }
     runs.write_json(run.path / "job.json", job)
-    executor = _executor(run, profile, token, copy, after)
+    executor = _executor(run, profile, token, copy, before)
     try:
         sent = executor.submit(supervise, str(run.path))
     except Exception as error:  # submitit's own kinds: sbatch's words stand in the message
@@ -84,6 +87,24 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | N
         id_ = sent.job_id
     runs.write_json(run.path / "job.json", job | {"id": id_})
     return Sent(run, id_, "PENDING", is_new=True)
+
+
+def awaited(path: Path) -> str | None:
+    """The job to wait for until a run is done; None where it is done.
+
+    Raises RecipeError where it is neither done nor in the queue, for then it would be waited for in vain.
+    """
+    if (said := no_run(path)) is not None:
+        raise RecipeError(f"--after {said}")
+    run = runs.Run(path)
+    if (sent := attached(run)) is not None:
+        return sent.job
+    last = (runs.read_jsonl(run.attempts) or [{}])[-1]
+    if last.get("exit_code") == runs.DONE:
+        return None
+    reason = str(last.get("reason", "")).partition("\n")[0]
+    how = f" ({reason})" if reason else ""
+    raise RecipeError(f"--after {path}: is not done, and no job of it is in the queue{how}; submit it first")
 
 
 def _take_away(run: runs.Run) -> None:
@@ -123,11 +144,12 @@ def _forget_cancelling(run: runs.Run) -> None:
     (run.path / "cancel.json").unlink()
 
 
-def script(recipe: Recipe, profile: Profile, after: str | None = None) -> str:
+def script(recipe: Recipe, profile: Profile, after: Path | None = None) -> str:
     """The sbatch script as `submit` would write it, with placeholders for the token and the code's hash."""
     slurm.require()
     run = runs.Run(Path(recipe.output_dir) / recipe.name)
-    executor = _executor(run, profile, "TOKEN", run.path / "code" / "HASH", after)
+    before = None if after is None else awaited(after)
+    executor = _executor(run, profile, "TOKEN", run.path / "code" / "HASH", before)
     return str(executor._make_submission_file_text(executor._submitit_command_str, "TOKEN"))
 
 
@@ -222,18 +244,20 @@ def _folder(run: runs.Run, token: str) -> str:
     return str(run.path / "submitit" / token)
 
 
-def _executor(run: runs.Run, profile: Profile, token: str, code: Path, after: str | None) -> Any:
+def _executor(run: runs.Run, profile: Profile, token: str, code: Path, before: str | None) -> Any:
     import submitit
 
     executor = submitit.SlurmExecutor(_folder(run, token), python=_python(profile, run))
-    executor.update_parameters(**_parameters(run, profile, token, code, after))
+    executor.update_parameters(**_parameters(run, profile, token, code, before))
     return executor
 
 
-def _parameters(run: runs.Run, profile: Profile, token: str, code: Path, after: str | None) -> dict[str, Any]:
+def _parameters(run: runs.Run, profile: Profile, token: str, code: Path, before: str | None) -> dict[str, Any]:
     words = {name: getattr(profile, name) for name in ("partition", "account", "qos", "constraint")}
     gpus = profile.gpus_per_node
     more: dict[str, Any] = dict(profile.extra) | {"requeue": True, "chdir": str(run.path)}
+    if before:
+        more = {"kill-on-invalid-dep": "yes"} | more  # else it waits for ever
     if profile.reservation:
         more["reservation"] = profile.reservation
     if gpus:
@@ -250,7 +274,7 @@ def _parameters(run: runs.Run, profile: Profile, token: str, code: Path, after: 
         "ntasks_per_node": profile.ranks,
         "cpus_per_task": profile.cpus_per_rank,
         "signal_delay_s": profile.stop_seconds,
-        "dependency": f"afterok:{after}" if after else None,
+        "dependency": f"afterok:{before}" if before else None,
         "additional_parameters": more,
         # One rank's end that is no success ends them all; srun has not passed cpus-per-task on since 22.05.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={profile.cpus_per_rank}", *_container(profile, run)],

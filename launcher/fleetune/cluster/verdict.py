@@ -48,7 +48,7 @@ def conclude(run: runs.Run, job: str, restart: int, srun_code: int) -> int:
             verdict = f"cannot be requeued ({error}); `fleetune submit` goes on with it"
     if verdict is not None:
         print(f"fleetune: error: {run.path}: {verdict}", file=sys.stderr)
-    return 0 if end.kind in ("done", "cancel") else 1
+    return 0 if end.kind == "done" else 1  # 0 is what a run that is sent with --after waits for
 
 
 def _end_of(run: runs.Run, notes: Path, srun_code: int) -> End:

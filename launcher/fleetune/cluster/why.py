@@ -21,7 +21,7 @@ WAITS = (
     (r"Resources", "the nodes it needs are at work", "Wait, or ask for fewer nodes."),
     (r"BeginTime", "Slurm holds it back for two minutes, as every requeued job", "Wait; it starts by itself."),
     (r"its start was moved up", "it was requeued and starts as soon as its nodes are free", "Wait."),
-    (r"DependencyNeverSatisfied", "the run it waits for has failed", "`scancel` it and submit it without --after."),
+    (r"DependencyNeverSatisfied", "the run it waits for has ended before it was done", "Cancel it, submit it again."),
     (r"Dependency", "it waits for another run (--after)", "Wait, or see why the other run is not done."),
     (r"QOS|Assoc", "a limit of your account or qos is reached", "Wait for your other jobs, or see `fleetune doctor`."),
     (r"PartitionTimeLimit", "`time` is beyond what the partition allows", "Cancel it and lower `time` in the profile."),
@@ -129,7 +129,7 @@ def _now(run: runs.Run, job: slurm.Job | None, ends: list[dict[str, Any]]) -> tu
     if not ends:
         if (run.path / "job.json").exists():
             if job is not None and job.state.startswith("CANCELLED"):
-                return f"Job {job.id} was cancelled before it began.", "submit it again, if it is still wanted."
+                return _cancelled(run, job)
             how = "is not known to Slurm any more" if job is None else f"ended as {job.state}"
             return (
                 f"Its job {how}, and no attempt has begun. {_batch_log(run)}",
@@ -140,6 +140,17 @@ def _now(run: runs.Run, job: slurm.Job | None, ends: list[dict[str, Any]]) -> tu
         waited = f"It was cancelled while it waited for its next attempt, {at}."
         return waited, "the same command again goes on from the last checkpoint."
     return _ended(run, ends[-1], at)
+
+
+def _cancelled(run: runs.Run, job: slurm.Job) -> tuple[str, str]:
+    """Before it began: by a person, or by Slurm, which cancels what waits in vain."""
+    after = runs.read_json(run.path / "job.json").get("after")
+    if after is None or (run.path / "cancel.json").exists():
+        return f"Job {job.id} was cancelled before it began.", "submit it again, if it is still wanted."
+    return (
+        f"Job {job.id} waited for {after}, and was cancelled: that run's job ended before the run was done.",
+        f"see `fleetune why {after}`; once that is in the queue again, or done, submit this one again.",
+    )
 
 
 def _waits(job: slurm.Job, at: str) -> tuple[str, str]:
