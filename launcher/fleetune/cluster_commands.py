@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fleetune.terminal import AnyRuns, Overrides, RecipeFile, RunFolder, fail, load, print_table
+
+if TYPE_CHECKING:
+    from fleetune.cluster.submit import Sent
+    from fleetune.schema import Recipe
 
 
 def submit(
@@ -36,25 +40,41 @@ def submit(
     loaded = load(recipe, overrides)
     try:
         profile = load_profile(cluster)
-        sent = None if fresh or dry_run else standing(loaded)
+        if fresh:
+            loaded = loaded.model_copy(update={"name": runs.free_name(loaded)})
+        sent = standing(loaded, profile, after)
         for line in preflight.check(loaded, profile, cluster) if sent is None else ():
             typer.echo(f"warning   {line}", err=True)
-        if dry_run:
+        if sent is None and dry_run:
             text = script(loaded, profile, after)
             typer.echo(text)
             typer.echo(f"sbatch --test-only: {test_only(text)}")
             return
-        sent = sent or submit(loaded, profile, fresh, after)
+        sent = sent or submit(loaded, profile, after)
     except RecipeError as error:
         fail(str(error))
     except slurm.SlurmFailed as error:
         fail(str(error), 1)
-    typer.echo(f"{sent.run.path}: job {sent.job}, {'sent' if sent.is_new else sent.state.lower() + ' already'}")
+    _say_what_is_there(sent, loaded)
+    if dry_run:
+        typer.echo("submit would send nothing")
+        return
     typer.echo(f"see it    fleetune status {sent.run.path}")
     if (url := runs.wandb_url(sent.run)) is not None:
         typer.echo(f"wandb     {url}")
     elif loaded.tracking.wandb is not None and not profile.internet:
         typer.echo(f"send it   fleetune sync --watch {sent.run.path}")
+
+
+def _say_what_is_there(sent: Sent, recipe: Recipe) -> None:
+    if sent.changed:
+        kept = f"job {sent.job} keeps what it was sent with; `fleetune cancel` first to send it anew"
+        typer.echo(f"warning   changed since: {', '.join(sent.changed)}; {kept}", err=True)
+    if sent.state == "FINISHED":
+        longer = "max_steps" if recipe.training.max_steps else "num_train_epochs"
+        typer.echo(f"{sent.run.path} is finished; --fresh trains it again, a longer training.{longer} goes on")
+    else:
+        typer.echo(f"{sent.run.path}: job {sent.job}, {'sent' if sent.is_new else sent.state.lower() + ' already'}")
 
 
 def status(folders: AnyRuns = None) -> None:

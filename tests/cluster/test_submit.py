@@ -54,11 +54,11 @@ def send(cluster: DevCluster, tmp_path: Path) -> Iterator[Callable[..., Result]]
     write_rows(tmp_path / "train.jsonl", 8)
     write_rows(tmp_path / "validation.jsonl", 8, seed=1)
 
-    def sent(name: str, *words: str, **keys: Any) -> Result:
+    def sent(name: str, *words: str, recipe: tuple[str, ...] = (), **keys: Any) -> Result:
         recipe_file, profile = tmp_path / f"{name}.yaml", tmp_path / "profile.yaml"
         recipe_file.write_text(yaml.safe_dump(recipe_values(tmp_path, name)), encoding="utf-8")
         profile.write_text(yaml.safe_dump({"time": "10m", "stop_seconds": 30, **keys}), encoding="utf-8")
-        return fleetune("submit", str(recipe_file), "--cluster", str(profile), *words)
+        return fleetune("submit", str(recipe_file), *recipe, "--cluster", str(profile), *words)
 
     yield sent
     cluster.slurm("scancel", "--user=root")
@@ -156,3 +156,65 @@ def test_a_requeued_job_is_still_waited_for(cluster: DevCluster, send: Callable[
     cluster.slurm("scontrol", "requeue", first)
     assert eventually(lambda: cluster.job(first)["Reason"] == "BeginTime", 60)
     assert cluster.job(second)["Reason"] == "Dependency"
+
+
+ANOTHER = ("training.learning_rate=0.5",)
+
+
+def finish(run: runs.Run) -> None:
+    """As a run stands that has come to its end, its job long forgotten."""
+    runs.append_jsonl(run.attempts, {"attempt": 1, "event": "end", "exit_code": runs.DONE, "reason": "done"})
+    runs.write_json(run.eval, {"total_steps": 6})
+    runs.write_json(run.path / "run.json", run.info() | {"total_steps": 6})
+
+
+@pytest.mark.parametrize("state", ["queued", "finished", "failed"])
+@pytest.mark.parametrize("words", [(), ("--dry-run",)], ids=["sent", "dry run"])
+def test_another_recipe_under_the_name_of_a_run_is_refused(
+    state: str, words: tuple[str, ...], cluster: DevCluster, send: Callable[..., Result], tmp_path: Path
+) -> None:
+    run = runs.Run(tmp_path / "runs" / "one")
+    send("one", **HELD)
+    before = (run.path / "job.json").read_bytes()
+    if state != "queued":
+        cluster.slurm("scancel", job_of(run.path))
+    if state == "finished":
+        finish(run)
+    done = send("one", *words, recipe=ANOTHER, **HELD)
+    assert done.exit_code == 2
+    assert done.stderr.splitlines() == [
+        f"error: {run.path} is a run of another recipe (--fresh takes the next free name):",
+        "  training.learning_rate: 0.001 in the run, 0.5 now",
+    ]
+    assert (run.path / "job.json").read_bytes() == before
+
+
+def test_what_has_changed_since_a_job_was_sent_is_said_when_it_is_attached_to(
+    send: Callable[..., Result], tmp_path: Path
+) -> None:
+    run, longer = tmp_path / "runs" / "one", ("training.max_steps=60",)
+    send("one", **HELD)
+    same = send("one", **HELD)
+    assert same.stderr == ""
+    assert f"{run}: job {job_of(run)}, pending already" in same.stdout
+    for words in ((), ("--dry-run",)):
+        done = send("one", *words, recipe=longer, nodes=2, **HELD)
+        assert done.exit_code == 0
+        assert done.stderr.startswith("warning   changed since: training.max_steps, nodes of the profile; job ")
+        assert done.stderr.count("\n") == 1
+        assert ("submit would send nothing" in done.stdout) is (words != ())
+        assert "#SBATCH" not in done.stdout
+
+
+def test_a_run_that_is_finished_goes_on_where_it_is_longer_now(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path
+) -> None:
+    run = runs.Run(tmp_path / "runs" / "one")
+    send("one", **HELD)
+    cluster.slurm("scancel", job_of(run.path))
+    finish(run)
+    (run.path / "job.json").rename(run.path / "other.json")  # it was trained by `fleetune run`
+    assert "one is finished; --fresh trains it again, a longer training.max_steps goes on" in send("one", **HELD).stdout
+    assert "#SBATCH" in send("one", "--dry-run", recipe=("training.max_steps=60",), **HELD).stdout
+    assert f"--job-name={'one-2-TOKEN'}" in send("one", "--dry-run", "--fresh", **HELD).stdout
+    assert ", sent" in send("one", recipe=("training.max_steps=60",), **HELD).stdout

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ class Sent:
     job: str  # Slurm's id
     state: str
     is_new: bool
+    changed: tuple[str, ...] = ()  # what has changed since, of which a job in the queue knows nothing
 
 
-def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: Path | None = None) -> Sent:
+def submit(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sent:
     """Sends the recipe's run, to begin once the run `after` is done. `standing` says whether it was sent before.
 
     Raises:
@@ -56,9 +58,9 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: Path | 
     base = runs.Run(Path(recipe.output_dir) / recipe.name)
     if CONTROL.search(str(base.path)):
         raise RecipeError(f"output_dir = {recipe.output_dir!r}: has a line break or another control character")
-    makes = fresh or not base.path.exists()
+    makes = not base.path.exists()
     recipe = with_failures(recipe, profile)
-    run = runs.open_run(recipe, layout.stored(), fresh)
+    run = runs.open_run(recipe, layout.stored())
     _forget_cancelling(run)
     code, copy = snapshot.take(run.path / "code")
     token = secrets.token_hex(6)
@@ -69,6 +71,7 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: Path | 
         "host": os.uname().nodename,
         "folder": _folder(run, token),
         "stop_seconds": profile.stop_seconds,
+        "profile": profile.model_dump(mode="json"),
         **({} if before is None else {"after": str(after)}),
     }
     runs.write_json(run.path / "job.json", job)
@@ -113,14 +116,37 @@ def _take_away(run: runs.Run) -> None:
         shutil.rmtree(run.path)
 
 
-def standing(recipe: Recipe) -> Sent | None:
+def standing(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sent | None:
     """The recipe's run, where its job is in the queue or it is done; None where it is to be sent.
 
-    Raises RecipeError where that cannot be known.
+    Raises RecipeError where that cannot be known, or the run that is there is of another recipe or at work elsewhere.
     """
     slurm.require()
+    recipe = with_failures(recipe, profile)
     run = runs.Run(Path(recipe.output_dir) / recipe.name)
-    return attached(run) or _finished(recipe, run)
+    if not (run.path / "run.json").exists():
+        return attached(run)
+    found = attached(run) or _finished(recipe, run)
+    if found is None:
+        runs.refuse_another_attempt(run.path / "lease.json")
+        layout = Layout(profile.nodes, profile.ranks, profile.cpus_per_rank).stored()
+    else:
+        layout = run.info()["layout"]
+    runs.refuse_another_recipe(run, recipe, layout)
+    if found is None or found.state == "FINISHED" or not run.recipe_file.exists():
+        return found
+    return replace(found, changed=tuple(_changed(run, recipe, profile, after)))
+
+
+def _changed(run: runs.Run, recipe: Recipe, profile: Profile, after: Path | None) -> Iterator[str]:
+    """The keys of recipe and profile that are others than when the run's job was sent."""
+    for line in runs.differences(run.recipe(), recipe, ("output_dir",)):
+        yield line.partition(":")[0]
+    job, now = runs.read_json(run.path / "job.json"), profile.model_dump(mode="json")
+    before = job.get("profile", now)
+    yield from (f"{key} of the profile" for key in {**before, **now} if before.get(key) != now.get(key))
+    if after is not None and job.get("after") != str(after):
+        yield f"--after {after}"
 
 
 def _finished(recipe: Recipe, run: runs.Run) -> Sent | None:
@@ -130,7 +156,8 @@ def _finished(recipe: Recipe, run: runs.Run) -> Sent | None:
     stored, length = run.recipe().training, ("num_train_epochs", "max_steps")
     as_long = all(getattr(stored, key) == getattr(recipe.training, key) for key in length)
     if as_long and runs.is_finished(run, run.info().get("total_steps", -1)):
-        return Sent(run, slurm.job_of(run.path), "FINISHED", is_new=False)
+        job = runs.read_json(run.path / "job.json").get("id", "") if (run.path / "job.json").exists() else ""
+        return Sent(run, job, "FINISHED", is_new=False)
     return None
 
 
