@@ -197,24 +197,23 @@ def logs(
     attempt: Annotated[int | None, typer.Option(min=1, help="The last when absent.", show_default=False)] = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it grows.")] = False,
 ) -> None:
-    """The log of a rank."""
-    import time
+    """The log of a rank; with -f until the run has ended, through all of its attempts."""
+    import contextlib
 
     from fleetune import runs
-    from fleetune.attempts import log_of
+    from fleetune.cluster.logs import followed, said
+    from fleetune.report import no_run
     from fleetune.schema import RecipeError
 
+    if (fault := no_run(run)) is not None:
+        fail(fault)
     try:
-        path = log_of(runs.Run(run), rank, attempt)
+        with contextlib.suppress(KeyboardInterrupt):
+            for text in (followed if follow else said)(runs.Run(run), rank, attempt):
+                sys.stdout.write(text)
+                sys.stdout.flush()
     except RecipeError as error:
         fail(str(error))
-    with path.open(encoding="utf-8", errors="replace") as file:
-        while True:
-            sys.stdout.write(file.read())
-            sys.stdout.flush()
-            if not follow:
-                return
-            time.sleep(0.5)
 
 
 def doctor(

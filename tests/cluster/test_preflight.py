@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from fleetune.cli import app
 from fleetune.cluster import preflight, site
 from fleetune.cluster.file_systems import kind_of, why_unshared
-from fleetune.cluster.profile import Profile
+from fleetune.cluster.profile import Container, Profile
 from fleetune.schema import Recipe
 
 # ---------------------------------------------------------------- a cluster written down
@@ -202,6 +202,17 @@ def test_nodes_without_internet_need_the_names_of_the_hub_in_their_cache(
     assert said.startswith(f"model.model_name_or_path = 'a/b': is not in {tmp_path}/hub")
     (tmp_path / "hub" / "models--a--b").mkdir(parents=True)
     assert list(preflight._not_cached(recipe, offline)) == []
+
+
+def test_an_image_that_is_not_on_this_machine_is_named(tmp_path: Path) -> None:
+    def said(image: str) -> list[str]:
+        profile = Profile(time="4h", container=Container(kind="apptainer", image=image))
+        return list(preflight._no_image(profile, Path("/p.yaml")))
+
+    (tmp_path / "there.sif").touch()
+    assert said(str(tmp_path / "there.sif")) == said("docker://pytorch") == []
+    (line,) = said(f"{tmp_path}/none.sif")
+    assert line.startswith(f"/p.yaml: container.image = '{tmp_path}/none.sif': is not there on this machine")
 
 
 # ---------------------------------------------------------------- a real one

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from devcluster import DevCluster, eventually
-from tiny import recipe_values, write_rows
+from tiny import recipe_values
 from typer.testing import CliRunner, Result
 
 from fleetune import runs
@@ -45,23 +44,6 @@ def test_what_the_recipe_says_itself_stays() -> None:
 
 def fleetune(*words: str) -> Result:
     return CliRunner().invoke(app, list(words))
-
-
-@pytest.fixture
-def send(cluster: DevCluster, tmp_path: Path) -> Iterator[Callable[..., Result]]:
-    """Sends the recipe NAME with a profile of these keys; what is left in the queue is cancelled."""
-    (tmp_path / "model").mkdir()
-    write_rows(tmp_path / "train.jsonl", 8)
-    write_rows(tmp_path / "validation.jsonl", 8, seed=1)
-
-    def sent(name: str, *words: str, recipe: tuple[str, ...] = (), **keys: Any) -> Result:
-        recipe_file, profile = tmp_path / f"{name}.yaml", tmp_path / "profile.yaml"
-        recipe_file.write_text(yaml.safe_dump(recipe_values(tmp_path, name)), encoding="utf-8")
-        profile.write_text(yaml.safe_dump({"time": "10m", "stop_seconds": 30, **keys}), encoding="utf-8")
-        return fleetune("submit", str(recipe_file), *recipe, "--cluster", str(profile), *words)
-
-    yield sent
-    cluster.slurm("scancel", "--user=root")
 
 
 HELD = {"extra": {"hold": True}}
@@ -156,6 +138,7 @@ def test_a_requeued_job_is_still_waited_for(cluster: DevCluster, send: Callable[
     cluster.slurm("scontrol", "requeue", first)
     assert eventually(lambda: cluster.job(first)["Reason"] == "BeginTime", 60)
     assert cluster.job(second)["Reason"] == "Dependency"
+    assert not (tmp_path / "runs" / "first" / "attempts.jsonl").exists()  # its setup did not fail: Slurm ended it
 
 
 ANOTHER = ("training.learning_rate=0.5",)

@@ -34,7 +34,7 @@ def check(recipe: Recipe, profile: Profile, file: Path) -> list[str]:
     """
     slurm.require()
     _refuse_folder(Path(recipe.output_dir))
-    said = [*_unshared(recipe), *_not_cached(recipe, profile), *overriding()]
+    said = [*_unshared(recipe), *_not_cached(recipe, profile), *_no_image(profile, file), *overriding()]
     if "clusters" in profile.extra:  # another than the one that would be asked
         return said
     cluster = ask(associations=bool(profile.account or profile.qos))
@@ -263,6 +263,14 @@ def _not_cached(recipe: Recipe, profile: Profile) -> Iterator[str]:
         is_hub = not Path(name).is_absolute() and "://" not in name
         if is_hub and not (cache / f"{kind}--{name.replace('/', '--')}").exists():
             yield f"{key} = {shown(name)}: is not in {cache}, and the profile says that nodes have no internet"
+
+
+def _no_image(profile: Profile, file: Path) -> Iterator[str]:
+    image = profile.container.image if profile.container is not None else ""
+    if Path(image).is_absolute() and not Path(image).exists():
+        yield from lines(
+            [("container.image", image, "is not there on this machine; the nodes must find it there")], file
+        )
 
 
 def hub_cache(environment: dict[str, str]) -> Path:

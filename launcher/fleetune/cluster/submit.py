@@ -307,7 +307,7 @@ def _parameters(run: runs.Run, profile: Profile, token: str, code: Path, before:
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={profile.cpus_per_rank}", *_container(profile, run)],
         "setup": _setup(run, profile, code),
         # Runs once srun has ended, in whatever way: records it, and requeues where there is more to do.
-        "teardown": [f"exec {shlex.quote(sys.executable)} -m fleetune.cluster.verdict {shlex.quote(str(run.path))} $?"],
+        "teardown": [f"{_verdict(run)} $?"],
     }
 
 
@@ -328,8 +328,24 @@ def _setup(run: runs.Run, profile: Profile, code: Path) -> list[str]:
     return [
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        *profile.setup,
+        *(_watched(profile.setup, run) if profile.setup else ()),
     ]
+
+
+def _watched(lines: list[str], run: runs.Run) -> list[str]:
+    """Lines of shell whose first failure, or own `exit`, is the job's end. Not by set -e: what a function such as
+    `module` or `conda` tries inside may fail, if the function then does not."""
+    return [
+        "trap 'exit $?' ERR",
+        f"trap {shlex.quote(f'{_verdict(run)} $? setup')} EXIT",
+        "trap 'trap - ERR EXIT; exit 143' TERM",  # it is Slurm that ends the job
+        *lines,
+        "trap - ERR EXIT TERM",
+    ]
+
+
+def _verdict(run: runs.Run) -> str:
+    return f"exec {shlex.quote(sys.executable)} -m fleetune.cluster.verdict {shlex.quote(str(run.path))}"
 
 
 def _python(profile: Profile, run: runs.Run) -> str:

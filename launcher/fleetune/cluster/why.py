@@ -10,6 +10,7 @@ from typing import Any
 from fleetune import runs
 from fleetune.attempts import unended
 from fleetune.cluster import slurm
+from fleetune.cluster.logs import last_words
 from fleetune.cluster.verdict import given_up
 from fleetune.ledger import ledger_of
 from fleetune.report import duration
@@ -33,6 +34,15 @@ WAITS = (
 
 # What is said in a failed rank's error, or in the reason an attempt ended with.
 REMEDIES = (
+    (
+        r"the profile's setup",
+        "Mend the `setup` lines of the cluster's profile, and submit it again. A line that may fail ends with || true.",
+    ),
+    (
+        r"execve\(\)|srun: unrecognized option '--container|apptainer|FATAL: +Image",
+        "What starts the ranks is not there on the node: see `container` in the cluster's profile (pyxis and apptainer "
+        "are each a site's own), or make it available by a line of `setup`, as module load apptainer.",
+    ),
     (
         r"out of memory|can't allocate memory|OutOfMemory|std::bad_alloc",
         "Lower training.per_device_train_batch_size and set training.global_batch_size to what it is now (the numbers "
@@ -114,7 +124,10 @@ def _now(run: runs.Run, job: slurm.Job | None, ends: list[dict[str, Any]]) -> tu
     open_ = unended(run)
     if job is not None and job.is_live:
         if job.state == "PENDING":
-            return _waits(job, at if ends or open_ else "not begun")
+            happened, remedy = _waits(job, at if ends or open_ else "not begun")
+            if ends and ends[-1].get("kind") == "crash" and (known := _known_remedy(ends[-1])) is not None:
+                remedy = f"{remedy} If it ends so again: {known}"
+            return happened, remedy
         place = f"on {job.nodes}" if job.nodes else "on its nodes"
         if job.state in ("RUNNING", "COMPLETING") and open_:
             return f"Job {job.id} is at work {place}: attempt {open_[-1]['attempt']}, {at}.", "nothing; it gets on."
@@ -132,7 +145,7 @@ def _now(run: runs.Run, job: slurm.Job | None, ends: list[dict[str, Any]]) -> tu
                 return _cancelled(run, job)
             how = "is not known to Slurm any more" if job is None else f"ended as {job.state}"
             return (
-                f"Its job {how}, and no attempt has begun. {_batch_log(run)}",
+                f"Its job {how}, and no attempt has begun. {_script_said(run)}",
                 "read that; `fleetune doctor --cluster PROFILE` looks for what is wrong; then submit it again.",
             )
         return "It has not begun.", "`fleetune run` or `fleetune submit` starts it."
@@ -187,12 +200,15 @@ def _ended(run: runs.Run, end: dict[str, Any], at: str) -> tuple[str, str]:
         said += f" It was {verdict.partition(':')[0]}."
     if where:
         said += f" {' '.join(where.split())}."
-    for pattern, remedy in REMEDIES:
-        if re.search(pattern, end["reason"], re.IGNORECASE):
-            return said, remedy
+    if (remedy := _known_remedy(end)) is not None:
+        return said, remedy
     if end["exit_code"] == AT_ONCE:
         return said, "the same command goes on from the last checkpoint, or begins again where there is none yet."
     return said, "mend what the message names (the rank's log says more); the same command goes on from there."
+
+
+def _known_remedy(end: dict[str, Any]) -> str | None:
+    return next((remedy for pattern, remedy in REMEDIES if re.search(pattern, end["reason"], re.IGNORECASE)), None)
 
 
 def _before(ends: list[dict[str, Any]], over: bool) -> list[str]:
@@ -200,9 +216,10 @@ def _before(ends: list[dict[str, Any]], over: bool) -> list[str]:
     before = ends[:-1] if over else ends
     plain = {runs.DONE: "done", runs.SAVED: "stop", AT_ONCE: "stop at once"}
     counts = Counter(end.get("kind") or plain.get(end["exit_code"], "failure") for end in before)
+    counts["failure"] += counts.pop("wrong", 0)
     if not before:
         return []
-    kinds = ", ".join(f"{count} by {kind.replace('_', ' ')}" for kind, count in counts.items())
+    kinds = ", ".join(f"{count} by {kind.replace('_', ' ')}" for kind, count in counts.items() if count)
     sentence = f"{len(before)} earlier attempt{'s' * (len(before) > 1)} ended: {kinds}."
     if not over:
         last = ends[-1]
@@ -210,8 +227,6 @@ def _before(ends: list[dict[str, Any]], over: bool) -> list[str]:
     return [sentence]
 
 
-def _batch_log(run: runs.Run) -> str:
-    """What the batch script said last."""
-    logs = sorted((run.path / "submitit").glob("*/*_log.*"), key=lambda path: path.stat().st_mtime)
-    said = [line for path in logs for line in path.read_text("utf-8", errors="replace").splitlines() if line.strip()]
-    return f"Its script said last: {said[-1].strip()}" if said else "Its script has said nothing."
+def _script_said(run: runs.Run) -> str:
+    words = last_words(run, most=1)
+    return f"Its script said last: {words[0]} ({words[1]})." if words else "Its script has said nothing."
