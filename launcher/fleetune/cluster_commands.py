@@ -40,6 +40,9 @@ def submit(
     loaded = load(recipe, overrides)
     try:
         profile = load_profile(cluster)
+    except RecipeError as error:
+        fail(str(error))
+    try:
         if fresh:
             loaded = loaded.model_copy(update={"name": runs.free_name(loaded)})
         sent = standing(loaded, profile, after)
@@ -52,7 +55,7 @@ def submit(
             return
         sent = sent or submit(loaded, profile, after)
     except RecipeError as error:
-        fail(str(error))
+        fail(preflight.of_extra(str(error), profile, cluster))
     except slurm.SlurmFailed as error:
         fail(str(error), 1)
     _say_what_is_there(sent, loaded)

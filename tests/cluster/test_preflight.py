@@ -300,6 +300,30 @@ def test_a_job_that_sbatch_refuses_leaves_no_folder_of_its_own(cluster: DevClust
         assert (folder / "runs" / "run" / "run.json").exists() is make
 
 
+@pytest.mark.parametrize("words", [(), ("--dry-run",)], ids=["sent", "dry run"])
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"nodez": 3}, "extra.nodez = 3: the run {} not be sent; sbatch: unrecognized option '--nodez=3'"),
+        ({"mail-type": "sometimes"}, "extra.mail-type = 'sometimes': the run {} not be sent; sbatch: error: Invalid"),
+    ],
+)
+def test_an_option_that_sbatch_does_not_take_is_named(
+    extra: dict[str, Any], said: str, words: tuple[str, ...], cluster: DevCluster, folder: Path
+) -> None:
+    done = submit(folder, *words, extra=extra)
+    assert done.exit_code == 2
+    line = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    said = said.format("would" if words else "XX").replace("XX not be", "was not")
+    assert line.startswith(f"error: {folder}/profile.yaml: {said}")
+
+
+def test_folders_that_other_nodes_hardly_see_are_one_warning(cluster: DevCluster, folder: Path) -> None:
+    """Data, model and runs of these tests stand in one folder of /tmp."""
+    warned = [line for line in submit(folder, "--dry-run").stderr.splitlines() if "see the same files" in line]
+    assert [line.partition(": ")[0] for line in warned] == ([f"warning   {folder}"] if why_unshared(folder) else [])
+
+
 def test_data_and_folders_are_checked_too(cluster: DevCluster, folder: Path) -> None:
     done = submit(folder, recipe=("data.train.path=/nowhere/train.jsonl",))
     assert done.exit_code == 2

@@ -94,6 +94,14 @@ def overriding() -> list[str]:
     return [f"{name} is set in the environment, and sbatch puts it before the profile; unset it" for name in names]
 
 
+def of_extra(said: str, profile: Profile, file: Path) -> str:
+    """What sbatch said, with the profile's key before it where it names an option that `extra` sets."""
+    for name, value in profile.extra.items():
+        if re.search(rf"--{re.escape(name)}(?![\w-])", said):
+            return lines([(f"extra.{name}", value, said)], file)[0]
+    return said
+
+
 def _may_lift(profile: Profile, cluster: Cluster) -> bool:
     """A qos may free its jobs from their partition's limits; only its administrators see whether it does."""
     return profile.qos is not None and cluster.has_accounting
@@ -238,16 +246,21 @@ def _refuse_folder(folder: Path) -> None:
 
 
 def _unshared(recipe: Recipe) -> Iterator[str]:
-    """A line for each place that the nodes would have to see, and most probably do not."""
+    """The folders that the nodes would have to see, and most probably do not: a line for each kind of them."""
     named = [("output_dir", recipe.output_dir), ("model.model_name_or_path", recipe.model.model_name_or_path)]
     named += [(f"data.{split}.path", path) for split, path in _data(recipe)]
     for key, teacher in teachers_of(recipe):
         named += [
             (f"{key}.{name}", path) for name in ("model_name_or_path", "cache") if (path := getattr(teacher, name))
         ]
+    whys: dict[str, dict[Path, None]] = {}
     for key, path in named:
         if Path(path).is_absolute() and (why := why_unshared(Path(path))) is not None:
-            yield f"{key} = {shown(path)}: {why}; the nodes must see the same files there"
+            whys.setdefault(why, {})[Path(path).parent if key.endswith(".path") else Path(path)] = None
+    for why, places in whys.items():
+        highest = [str(place) for place in places if not any(above in places for above in place.parents)]
+        each = "each " if len(highest) > 1 else ""
+        yield f"{', '.join(highest)}: {each}{why}; the nodes must see the same files there"
 
 
 def _not_cached(recipe: Recipe, profile: Profile) -> Iterator[str]:

@@ -181,13 +181,14 @@ def script(recipe: Recipe, profile: Profile, after: Path | None = None) -> str:
 
 
 def test_only(text: str) -> str:
-    """When and where `sbatch --test-only` would start a script. Raises SlurmFailed with why it would not."""
+    """When and where `sbatch --test-only` would start a script. Raises RecipeError with why it would not."""
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(text)
         file.flush()
         done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise slurm.SlurmFailed(done.stderr.strip() or f"sbatch: {done.returncode}")
+        said = [line for line in done.stderr.strip().splitlines() if not line.startswith("Try ")]
+        raise RecipeError(f"the run would not be sent; {'; '.join(said) or f'sbatch: {done.returncode}'}")
     return " ".join((done.stderr + done.stdout).split())
 
 
