@@ -110,7 +110,18 @@ def test_a_job_that_was_cancelled_before_it_began_is_no_riddle(run: runs.Run) ->
 def test_a_run_that_was_cancelled_between_two_attempts_says_so(run: runs.Run) -> None:
     ended(run, runs.FAILED, "a node failed", "node_failure", 5)
     runs.write_json(run.path / "cancel.json", {"job": "7"})
-    assert "It was cancelled while it waited for its next attempt, at step 0 of 400." in told(run)
+    assert "It was cancelled while it waited for its next attempt, at step 5 of 400." in told(run)
+
+
+def test_a_run_whose_node_was_lost_says_so_and_not_how_the_attempt_before_ended(
+    run: runs.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended(run, runs.SAVED, "preempted: stopped and saved", "preemption", 5)
+    start_attempt(run, ["node1", "node2"])
+    waits = Job("7", "PENDING", "BeginTime", "", "x", lost="a node failed")
+    monkeypatch.setattr(why_, "_job", lambda run: waits)
+    assert "(BeginTime). Attempt 2 on node1, node2 was lost: a node failed. 1 earlier attempt ended" in told(run)
+    assert "stopped and saved" not in told(run)
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:

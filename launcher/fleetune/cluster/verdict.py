@@ -174,7 +174,7 @@ def close_last(run: runs.Run, job: str, restart: int) -> None:
     """
     for entry in unended(run):
         began = began_of(entry)
-        was = next((one for one in slurm.past(job) if one.end > began), None)
+        was = next((one for one in slurm.past([job]).get(job, []) if one.end > began), None)
         told = progress_of(run, entry["attempt"]).get("time", began)
         kind, code, reason = None, runs.FAILED, "ended from outside, without a word"
         if restart:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from fleetune import runs
-from fleetune.attempts import unended
+from fleetune.attempts import last_step, unended
 from fleetune.cluster import slurm
 from fleetune.cluster.logs import last_words
 from fleetune.cluster.verdict import given_up
@@ -92,7 +93,8 @@ def why(run: runs.Run) -> list[str]:
     ends = [entry for entry in entries if entry["event"] == "end"]
     job = _job(run)
     happened, remedy = _now(run, job, ends)
-    paragraphs = [" ".join([happened, *_before(ends, over=job is None or not job.is_live)]), f"What to do: {remedy}"]
+    over, lost = job is None or not job.is_live, job.lost if job is not None else ""
+    paragraphs = [" ".join([happened, *_lost(run, lost), *_before(ends, over, lost)]), f"What to do: {remedy}"]
     ledger = ledger_of(run)
     if ledger.wall >= 1.0:
         spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in ledger.parts().items() if seconds >= 0.5)
@@ -114,13 +116,14 @@ def _job(run: runs.Run) -> slurm.Job | None:
         known = slurm.queue()
     except slurm.SlurmFailed:  # the run's own files say what they know
         return None
-    return known.get(id_) or (slurm.accounted(ids=[id_]) or {}).get(id_)
+    if id_ in known:
+        return replace(known[id_], lost=slurm.how_they_were_lost({run.path: known[id_]}).get(run.path, ""))
+    return (slurm.accounted(ids=[id_]) or {}).get(id_)
 
 
 def _now(run: runs.Run, job: slurm.Job | None, ends: list[dict[str, Any]]) -> tuple[str, str]:
     """Where the run stands, and what to do."""
-    step = runs.last_json(run.metrics, "step").get("step", 0)
-    at = f"at step {step} of {run.info().get('total_steps', 'a number it has not told')}"
+    at = f"at step {last_step(run)} of {run.info().get('total_steps', 'a number it has not told')}"
     open_ = unended(run)
     if job is not None and job.is_live:
         if job.state == "PENDING":
@@ -211,7 +214,16 @@ def _known_remedy(end: dict[str, Any]) -> str | None:
     return next((remedy for pattern, remedy in REMEDIES if re.search(pattern, end["reason"], re.IGNORECASE)), None)
 
 
-def _before(ends: list[dict[str, Any]], over: bool) -> list[str]:
+def _lost(run: runs.Run, how: str) -> list[str]:
+    """The start that Slurm ended and that the next attempt will end in the run's files."""
+    if not how:
+        return []
+    open_ = unended(run)
+    what = f"Attempt {open_[-1]['attempt']} on {', '.join(open_[-1]['nodes'])}" if open_ else "Its last start"
+    return [f"{what} was lost: {how}."]
+
+
+def _before(ends: list[dict[str, Any]], over: bool, lost: str = "") -> list[str]:
     """The attempts before this one, by what ended them."""
     before = ends[:-1] if over else ends
     plain = {runs.DONE: "done", runs.SAVED: "stop", AT_ONCE: "stop at once"}
@@ -221,7 +233,7 @@ def _before(ends: list[dict[str, Any]], over: bool) -> list[str]:
         return []
     kinds = ", ".join(f"{count} by {kind.replace('_', ' ')}" for kind, count in counts.items() if count)
     sentence = f"{len(before)} earlier attempt{'s' * (len(before) > 1)} ended: {kinds}."
-    if not over:
+    if not over and not lost:  # else it is not the last
         last = ends[-1]
         sentence += f" The last, {duration(last['seconds'] or 0)} long: {last['reason'].partition(chr(10))[0]}."
     return [sentence]
