@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from fleetune import runs
 from fleetune.attempts import end_attempt, start_attempt
 from fleetune.cli import app
-from fleetune.cluster import logs
+from fleetune.cluster import logs, slurm
 
 
 @pytest.fixture
@@ -104,6 +104,21 @@ def test_where_no_rank_has_a_log_slurms_own_is_shown(run: runs.Run) -> None:
         list(logs.said(run, 1, None))
 
 
+def test_a_job_that_waits_says_so_when_its_log_is_followed(run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = iter([("PENDING", "Priority"), ("PENDING", "Priority"), ("RUNNING", "None"), ("CANCELLED", "None")])
+
+    def look(paths: list[Path]) -> dict[Path, slurm.Job]:
+        state, reason = next(states)
+        return {run.path: slurm.Job("7", state, reason, "", "x")}
+
+    monkeypatch.setattr(logs, "ASKING_SECONDS", 0.0)
+    monkeypatch.setattr(slurm, "jobs_of", look)
+    followed = logs.followed(run, 0, None)
+    assert [next(followed), next(followed)] == ["---- job 7 is pending (Priority)\n", "---- job 7 is running\n"]
+    with pytest.raises(logs.RecipeError, match="no attempt has begun"):
+        next(followed)
+
+
 # ---------------------------------------------------------------- a real one
 
 
@@ -141,7 +156,7 @@ def test_a_setup_that_fails_is_the_jobs_end_and_its_reason(
     told = " ".join(fleetune("why", str(run.path)).split())
     assert f"the profile's setup {said}".strip() in told
     assert "Mend the `setup` lines of the cluster's profile" in told
-    if "modul" in lines[0]:
+    if "modul" in lines[0]:  # and no rank has a log
         assert "modul: command not found" in told
         assert "modul: command not found" in fleetune("logs", str(run.path), "--follow")
 

@@ -95,6 +95,10 @@ FAULTS = {
         {"extra": {"gres": "gpu:8"}},
         "extra.gres = 'gpu:8': is set by Fleetune; in its place: gpus_per_node",
     ),
+    "the beginning of one": (
+        {"extra": {"part": "hi"}},
+        "extra.part = 'hi': is set by Fleetune; in its place: partition",
+    ),
     "no option": ({"extra": {"mail type": "END"}}, "extra.mail type = 'END': should be the name of an sbatch"),
     "an option switched off": ({"extra": {"exclusive": False}}, "extra.exclusive = false: should be text, a whole"),
     "a line in an option": ({"extra": {"mail-user": "a\nb"}}, "extra.mail-user = 'a\\nb': has a line break"),

@@ -77,6 +77,10 @@ def test_a_cancelled_run_whose_save_failed_is_not_made_to_come_again(run: runs.R
     found = end_of(run, 1, *ranks)
     assert (found.kind, found.code) == ("cancel", runs.FAILED)
     assert found.reason.startswith("cancelled")
+    if ranks:
+        hang = {"rank": 0, "phase": "step", "seconds": 61.0, "limit": 60.0}
+        runs.write_json(run.path / "slurm" / "7-0" / "hang.json", hang)
+        assert end_of(run, 1, *ranks).kind == "cancel"
 
 
 def test_the_first_rank_that_failed_is_the_one_that_is_named(run: runs.Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -75,14 +76,19 @@ def said(run: runs.Run, rank: int, attempt: int | None) -> Iterator[str]:
 def followed(run: runs.Run, rank: int, attempt: int | None) -> Iterator[str]:
     """A rank's log as it grows, and those of the attempts that come after it, until the run has ended; then why.
 
+    Where there is none yet, what the run's job is doing first.
+
     With an `attempt`, that one's alone. Raises RecipeError where there is nothing to be seen, nor will be.
     """
     opened: dict[int, IO[str]] = {}
-    first, asked, on = max(1, _last_attempt(run)), -ASKING_SECONDS, True
+    first, asked, on, told = max(1, _last_attempt(run)), -math.inf, True, ""
     try:
         while on:
             if time.monotonic() - asked >= ASKING_SECONDS:
-                asked, on = time.monotonic(), _goes_on(run)
+                asked, (on, state) = time.monotonic(), _goes_on(run)
+                if on and state and not opened and state != told:
+                    told = state
+                    yield f"---- {state}\n"
             on = on and (attempt is None or _end_of(run, attempt) is None)  # where not, reads once more
             for number in [attempt] if attempt else range(first, _last_attempt(run) + 1):
                 path = run.logs(number) / f"rank-{rank}.log"
@@ -103,11 +109,14 @@ def followed(run: runs.Run, rank: int, attempt: int | None) -> Iterator[str]:
     yield f"---- attempt {end['attempt']} ended: {end['reason']}\n" if end else "---- it is not at work\n"
 
 
-def _goes_on(run: runs.Run) -> bool:
+def _goes_on(run: runs.Run) -> tuple[bool, str]:
+    """Whether it does, and what its job is doing; the latter is "" where it has logs, or Slurm does not know it."""
     try:
-        return goes_on(run.path, slurm.jobs_of([run.path]).get(run.path))
+        job = slurm.jobs_of([run.path]).get(run.path)
     except slurm.SlurmFailed:  # it may be starting anew
-        return True
+        return True, ""
+    has_logs = any(run.logs(0).parent.glob("attempt-*/rank-*.log"))
+    return goes_on(run.path, job), "" if job is None or has_logs else f"job {job.id} is {job}"
 
 
 def _last_attempt(run: runs.Run) -> int:

@@ -104,10 +104,11 @@ def _image(text: str) -> str:
 
 
 def _option(name: str) -> str:
+    """sbatch takes the beginning of a name for the name."""
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise PydanticCustomError("option", "should be the name of an sbatch option without its dashes, as mail-type")
-    if name in OURS:
-        raise PydanticCustomError("option", "is set by Fleetune; in its place: {instead}", {"instead": OURS[name]})
+    if (ours := name if name in OURS else next((one for one in OURS if one.startswith(name)), None)) is not None:
+        raise PydanticCustomError("option", "is set by Fleetune; in its place: {instead}", {"instead": OURS[ours]})
     return name
 
 

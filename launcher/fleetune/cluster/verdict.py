@@ -64,12 +64,12 @@ def _end_of(run: runs.Run, notes: Path, srun_code: int) -> End:
     failed = [one for one in ended if one["code"] not in (runs.DONE, runs.SAVED)]
     cancelled = (run.path / "cancel.json").exists()
     if failed:
-        if (hang := notes / "hang.json").exists():
-            return End("crash", runs.FAILED, _how_they_hang(runs.read_json(hang), failed))
         # Nodes' clocks differ: what says most goes first, and only then what was said first.
         first = min(failed, key=_says_most)
         if cancelled and first["code"] == runs.FAILED:
             return End("cancel", runs.FAILED, f"cancelled, and not saved: {first['reason']}")
+        if (hang := notes / "hang.json").exists():
+            return End("crash", runs.FAILED, _how_they_hang(runs.read_json(hang), failed))
         kept = first["code"] if first["code"] in (runs.WRONG, runs.FAILED_FOR_GOOD) else runs.FAILED
         return End("crash" if kept == runs.FAILED else "wrong", kept, first["reason"])
     if ended and all(one["code"] == runs.DONE for one in ended) and srun_code == 0:

@@ -152,7 +152,8 @@ def _now(run: runs.Run, job: slurm.Job | None, ends: list[dict[str, Any]]) -> tu
                 "read that; `fleetune doctor --cluster PROFILE` looks for what is wrong; then submit it again.",
             )
         return "It has not begun.", "`fleetune run` or `fleetune submit` starts it."
-    if (run.path / "cancel.json").exists() and ends[-1].get("kind") != "cancel":
+    is_cancelled = (run.path / "cancel.json").exists()
+    if is_cancelled and ends[-1].get("kind") not in (None, "done", "wrong", "cancel"):  # an end that another follows
         waited = f"It was cancelled while it waited for its next attempt, {at}."
         return waited, "the same command again goes on from the last checkpoint."
     return _ended(run, ends[-1], at)
