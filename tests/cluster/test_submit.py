@@ -125,7 +125,10 @@ def test_a_run_that_is_done_is_not_waited_for(send: Callable[..., Result], tmp_p
     shown = send("next", "--dry-run", "--after", str(done.path))
     assert shown.exit_code == 0, shown.stderr
     assert "--dependency" not in shown.stdout
-    nothing = send("next", "--after", str(tmp_path / "nothing"))
+    send("next", "--after", str(done.path), **HELD)
+    assert send("next", "--after", str(done.path), **HELD).stderr == ""
+    assert "changed since: --after" in send("next", "--after", str(tmp_path), **HELD).stderr
+    nothing = send("other", "--after", str(tmp_path / "nothing"))
     assert nothing.exit_code == 2
     assert "nothing: is no run folder" in nothing.stderr
 

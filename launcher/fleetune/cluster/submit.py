@@ -72,7 +72,7 @@ def submit(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sent:
         "folder": _folder(run, token),
         "stop_seconds": profile.stop_seconds,
         "profile": profile.model_dump(mode="json"),
-        **({} if before is None else {"after": str(after)}),
+        **({} if after is None else {"after": str(after.absolute()), "waits_for": before}),
     }
     runs.write_json(run.path / "job.json", job)
     executor = _executor(run, profile, token, copy, before)
@@ -145,7 +145,7 @@ def _changed(run: runs.Run, recipe: Recipe, profile: Profile, after: Path | None
     job, now = runs.read_json(run.path / "job.json"), profile.model_dump(mode="json")
     before = job.get("profile", now)
     yield from (f"{key} of the profile" for key in {**before, **now} if before.get(key) != now.get(key))
-    if after is not None and job.get("after") != str(after):
+    if after is not None and job.get("after") != str(after.absolute()):
         yield f"--after {after}"
 
 

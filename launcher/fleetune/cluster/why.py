@@ -161,8 +161,9 @@ def _now(run: runs.Run, job: slurm.Job | None, ends: list[dict[str, Any]]) -> tu
 
 def _cancelled(run: runs.Run, job: slurm.Job) -> tuple[str, str]:
     """Before it began: by a person, or by Slurm, which cancels what waits in vain."""
-    after = runs.read_json(run.path / "job.json").get("after")
-    if after is None or (run.path / "cancel.json").exists():
+    sent = runs.read_json(run.path / "job.json")
+    after = sent.get("after")
+    if not sent.get("waits_for") or (run.path / "cancel.json").exists():
         return f"Job {job.id} was cancelled before it began.", "submit it again, if it is still wanted."
     return (
         f"Job {job.id} waited for {after}, and was cancelled: that run's job ended before the run was done.",
