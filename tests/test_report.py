@@ -72,6 +72,24 @@ def test_a_run_that_waits_says_for_what_and_one_cut_off_is_not_at_work(tmp_path:
         assert row(run)["state"] == "running"
 
 
+def test_the_step_is_the_last_that_is_known_and_not_the_last_that_was_logged(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a", total_steps=60, global_batch_size=16)
+    start_attempt(run, ["here"])
+    told = {"first_step": 1, "step": 7, "saved_step": 0, "began": 1.0, "restoring": 0.0, "saving": 0.0, "time": 2.0}
+    runs.write_json(run.logs(1) / "progress.json", told)
+    assert row(run)["step"] == "7/60"
+    log(run, 10, 0.5)
+    assert row(run)["step"] == "10/60"
+
+
+def test_a_run_whose_node_was_lost_says_so_and_not_how_the_attempt_before_ended(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a")
+    start_attempt(run, ["node1"])
+    end_attempt(run, 1, runs.SAVED, "preempted: stopped and saved", "preemption")
+    lost = Job("7", "PENDING", "BeginTime", "", "x", lost="a node failed")
+    assert row(run, lost)["what happened last"] == "a node failed"
+
+
 def test_very_many_runs_are_plain_lines_with_the_same_cells(capsys: pytest.CaptureFixture[str]) -> None:
     table = Table("run", "what happened last")
     for number in range(MANY + 1):

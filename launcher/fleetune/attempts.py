@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fleetune.runs import Run, append_jsonl, read_json, read_jsonl
+from fleetune.runs import Run, append_jsonl, last_json, read_json, read_jsonl
 from fleetune.schema import RecipeError
 
 
@@ -84,6 +84,13 @@ def progress_of(run: Run, number: int) -> dict[str, Any]:
     """How far the attempt came, as its main rank wrote it down last; {} where it came to no training."""
     path = run.logs(number) / "progress.json"
     return read_json(path) if path.exists() else {}
+
+
+def last_step(run: Run) -> int:
+    """The step that the run has come to, as far as its files know: not every one is logged, and some are noted."""
+    starts = [entry["attempt"] for entry in read_jsonl(run.attempts) if entry["event"] == "start"]
+    noted = progress_of(run, starts[-1]).get("step", 0) if starts else 0
+    return max(int(noted), int(last_json(run.metrics, "step").get("step", 0)))
 
 
 def began_of(start: dict[str, Any]) -> float:

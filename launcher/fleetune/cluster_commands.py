@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fleetune.terminal import AnyRuns, Overrides, RecipeFile, RunFolder, fail, load, print_table
+
+if TYPE_CHECKING:
+    from fleetune.cluster.submit import Sent
+    from fleetune.schema import Recipe
 
 
 def submit(
@@ -22,7 +26,7 @@ def submit(
         bool, typer.Option("--dry-run", help="Show the script and what sbatch says of it; send nothing.")
     ] = False,
     after: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Start once this run's job is done.", show_default=False)
+        Path | None, typer.Option(metavar="RUN", help="Start once this run is done.", show_default=False)
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="A new run under the next free name.")] = False,
 ) -> None:
@@ -36,26 +40,44 @@ def submit(
     loaded = load(recipe, overrides)
     try:
         profile = load_profile(cluster)
-        before = None if after is None else slurm.job_of(after)
-        sent = None if fresh or dry_run else standing(loaded)
+    except RecipeError as error:
+        fail(str(error))
+    try:
+        if fresh:
+            loaded = loaded.model_copy(update={"name": runs.free_name(loaded)})
+        sent = standing(loaded, profile, after)
         for line in preflight.check(loaded, profile, cluster) if sent is None else ():
             typer.echo(f"warning   {line}", err=True)
-        if dry_run:
-            text = script(loaded, profile, before)
+        if sent is None and dry_run:
+            text = script(loaded, profile, after)
             typer.echo(text)
             typer.echo(f"sbatch --test-only: {test_only(text)}")
             return
-        sent = sent or submit(loaded, profile, fresh, before)
+        sent = sent or submit(loaded, profile, after)
     except RecipeError as error:
-        fail(str(error))
+        fail(preflight.of_extra(str(error), profile, cluster))
     except slurm.SlurmFailed as error:
         fail(str(error), 1)
-    typer.echo(f"{sent.run.path}: job {sent.job}, {'sent' if sent.is_new else sent.state.lower() + ' already'}")
+    _say_what_is_there(sent, loaded)
+    if dry_run:
+        typer.echo("submit would send nothing")
+        return
     typer.echo(f"see it    fleetune status {sent.run.path}")
     if (url := runs.wandb_url(sent.run)) is not None:
         typer.echo(f"wandb     {url}")
     elif loaded.tracking.wandb is not None and not profile.internet:
         typer.echo(f"send it   fleetune sync --watch {sent.run.path}")
+
+
+def _say_what_is_there(sent: Sent, recipe: Recipe) -> None:
+    if sent.changed:
+        kept = f"job {sent.job} keeps what it was sent with; `fleetune cancel` first to send it anew"
+        typer.echo(f"warning   changed since: {', '.join(sent.changed)}; {kept}", err=True)
+    if sent.state == "FINISHED":
+        longer = "max_steps" if recipe.training.max_steps else "num_train_epochs"
+        typer.echo(f"{sent.run.path} is finished; --fresh trains it again, a longer training.{longer} goes on")
+    else:
+        typer.echo(f"{sent.run.path}: job {sent.job}, {'sent' if sent.is_new else sent.state.lower() + ' already'}")
 
 
 def status(folders: AnyRuns = None) -> None:
@@ -151,18 +173,25 @@ def cancel(run: RunFolder, now: Annotated[bool, typer.Option("--now", help="With
     from fleetune.cluster import slurm
     from fleetune.schema import RecipeError
 
+    file, was = run / "cancel.json", None
+    is_first = not file.exists()
     try:
         job = slurm.job_of(run)
-        last = (runs.read_jsonl(runs.Run(run).attempts) or [{}])[-1]
-        if last.get("event") == "end" and last["exit_code"] == runs.DONE:
-            fail(f"{run}: is done; there is nothing to cancel")
-        runs.write_json(run / "cancel.json", {"job": job})
-        (slurm.cancel if now else slurm.stop)(job)
+        runs.write_json(file, {"job": job})  # before it is asked: what ends the attempt looks for this
+        was = slurm.end(job, at_once=now)
     except RecipeError as error:
         fail(str(error))
     except slurm.SlurmFailed as error:
         fail(str(error), 1)
-    typer.echo(f"{run}: job {job} is asked to {'end at once' if now else 'save and end'}")
+    finally:
+        if was is None and is_first:
+            file.unlink(missing_ok=True)
+    if was is None:
+        last = (runs.read_jsonl(runs.Run(run).attempts) or [{}])[-1]
+        is_done = last.get("event") == "end" and last["exit_code"] == runs.DONE
+        fail(f"{run}: {'is done' if is_done else f'its job {job} has ended'}; there is nothing to cancel")
+    done = "had not begun, and is cancelled" if was == "PENDING" else "is asked to save and end"
+    typer.echo(f"{run}: job {job} {'is cancelled' if now else done}")
 
 
 def logs(
@@ -171,24 +200,23 @@ def logs(
     attempt: Annotated[int | None, typer.Option(min=1, help="The last when absent.", show_default=False)] = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it grows.")] = False,
 ) -> None:
-    """The log of a rank."""
-    import time
+    """The log of a rank; with -f until the run has ended, through all of its attempts."""
+    import contextlib
 
     from fleetune import runs
-    from fleetune.attempts import log_of
+    from fleetune.cluster.logs import followed, said
+    from fleetune.report import no_run
     from fleetune.schema import RecipeError
 
+    if (fault := no_run(run)) is not None:
+        fail(fault)
     try:
-        path = log_of(runs.Run(run), rank, attempt)
+        with contextlib.suppress(KeyboardInterrupt):
+            for text in (followed if follow else said)(runs.Run(run), rank, attempt):
+                sys.stdout.write(text)
+                sys.stdout.flush()
     except RecipeError as error:
         fail(str(error))
-    with path.open(encoding="utf-8", errors="replace") as file:
-        while True:
-            sys.stdout.write(file.read())
-            sys.stdout.flush()
-            if not follow:
-                return
-            time.sleep(0.5)
 
 
 def doctor(

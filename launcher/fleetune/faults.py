@@ -134,17 +134,18 @@ def _is_misspelt(required: Path_, unknown: set[Path_]) -> bool:
 def fault_lines(error: ValidationError, values: Any, root: type[Section], origin: Callable[[Path_], str]) -> list[str]:
     """A line for each fault; `origin` says which file set a key."""
     lines = []
-    found = error.errors(include_url=False)
-    unknown = {fault["loc"] for fault in found if fault["type"] == "extra_forbidden"}
-    for fault in found:
+    errors = error.errors(include_url=False)
+    unknown = {fault["loc"] for fault in errors if fault["type"] == "extra_forbidden"}
+    secret = [fault["loc"][:-1] for fault in errors if fault["type"] == "secret"]
+    for fault in errors:
         kind = fault["type"]
         path: Path_ = ()
         value: Any = values
         for part in fault["loc"]:  # the tag of a union by kind is no key of the recipe: leave it out
             if isinstance(value, dict) and part not in value and value.get("kind") == part:
                 continue
-            if part == "[key]":  # it is the key itself that is wrong
-                value = path[-1]
+            if part == "[key]":  # it is the key itself that is wrong; an option's value says more than its name again
+                value = value if kind == "option" else path[-1]
                 continue
             path, value = (*path, part), inside(value, part)
         if kind == "extra_forbidden":
@@ -168,7 +169,7 @@ def fault_lines(error: ValidationError, values: Any, root: type[Section], origin
             message = "letters, digits, '.', '_' and '-' only, at most 100 of them, a letter or digit first"
         else:
             message = _wrong_type(kind, value) or re.sub(r"^Input should be", "should be", fault["msg"])
-        is_there = kind not in ("missing", "union_tag_not_found")
+        is_there = kind not in ("missing", "union_tag_not_found", "secret", "variable") and fault["loc"] not in secret
         if kind == "union_tag_not_found":
             message = f"this key is required; {message}"
         lines.append(f"{origin(path)}: {dotted(path)}{f' = {shown(value)}' if is_there else ''}: {message}")

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fleetune import runs
+from fleetune.attempts import last_step
 from fleetune.ledger import ledger_of
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _status(run: runs.Run, job: Job | None) -> list[str]:
     attempts, info = runs.read_jsonl(run.attempts), run.info()
     metrics = runs.last_json(run.metrics, "train/loss")
     last = attempts[-1] if attempts else {}
-    step, total = metrics.get("step", 0), info.get("total_steps")
+    step, total = last_step(run), info.get("total_steps")
     ledger, rate = ledger_of(run), metrics.get("train/samples_per_second")
     is_over = last.get("event") == "end" and not (job is not None and job.is_live)
     state = "cancelled" if is_over and last.get("kind") == "cancel" else str(job or _local_state(run, last))
@@ -129,7 +130,7 @@ def _status(run: runs.Run, job: Job | None) -> list[str]:
         "" if left is None else duration(left),
         f"{metrics['train/loss']:.4f}" if metrics else "",
         f"{100 * ledger.goodput:.0f} %" if ledger.wall else "",
-        str(last.get("reason", "")).partition("\n")[0],
+        (job.lost if job is not None else "") or str(last.get("reason", "")).partition("\n")[0],
     ]
 
 

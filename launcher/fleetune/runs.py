@@ -128,30 +128,31 @@ def open_run(
         RecipeError: the folder is of another recipe, global batch, data or user, has gone further, is no run folder,
             cannot be made, or is at work.
     """
-    base = Path(recipe.output_dir) / recipe.name
     if fresh:
-        name, number = recipe.name, 2
-        while (Path(recipe.output_dir) / name).exists():
-            name, number = f"{recipe.name}-{number}", number + 1
-        recipe = recipe.model_copy(update={"name": name})
-        base = Path(recipe.output_dir) / name
-    run = Run(base)
+        recipe = recipe.model_copy(update={"name": free_name(recipe)})
+    run = Run(Path(recipe.output_dir) / recipe.name)
     recipe = _as_it_began(recipe, run)
     text = dump_recipe(recipe)
     parse_recipe(text, str(run.recipe_file))  # as the ranks will: a name may have grown too long
     try:
         if (run.path / "run.json").exists():
-            _refuse_another_attempt(run.path / "lease.json")  # before what it reads is changed
-            _refuse_another_recipe(run, recipe, layout, data)
+            refuse_another_attempt(run.path / "lease.json")  # before what it reads is changed
+            refuse_another_recipe(run, recipe, layout, data)
             _refuse_fewer_steps(run, steps)
         else:
             _make(run, recipe, layout)
-        begun = {"layout": layout} if data is None else {"layout": layout, "data": data}
-        write_json(run.path / "run.json", {**run.info(), **begun})
+        write_json(run.path / "run.json", {**run.info(), "layout": layout, **({} if data is None else {"data": data})})
         write_text(run.recipe_file, text)
     except OSError as error:
         raise RecipeError(f"output_dir/name = {str(run.path)!r}: cannot be written: {error.strerror}") from None
     return run
+
+
+def free_name(recipe: Recipe) -> str:
+    name, number = recipe.name, 2
+    while (Path(recipe.output_dir) / name).exists():
+        name, number = f"{recipe.name}-{number}", number + 1
+    return name
 
 
 def _as_it_began(recipe: Recipe, run: Run) -> Recipe:
@@ -190,18 +191,15 @@ def write_text(path: Path, text: str, sync: bool = False) -> None:
     beside.replace(path)
 
 
-def differences(stored: Recipe, new: Recipe) -> list[str]:
+def differences(stored: Recipe, new: Recipe, may_change: tuple[str, ...] = MAY_CHANGE) -> list[str]:
     """A line for each key that differs and may not, when a run is taken up again."""
     old, now = (
         {key: value for key, value in flatten(recipe.model_dump(mode="json")) if value not in (None, [], {})}
         for recipe in (stored, new)
     )
-    keys = [key for key in {**old, **now} if old.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)]
-
-    def said(values: dict[str, Any], key: str) -> str:
-        return repr(values[key]) if key in values else "nothing"
-
-    return [f"{key}: {said(old, key)} in the run, {said(now, key)} now" for key in keys]
+    keys = [key for key in {**old, **now} if old.get(key) != now.get(key) and not key.startswith(may_change)]
+    said = [{key: repr(values[key]) if key in values else "nothing" for key in keys} for values in (old, now)]
+    return [f"{key}: {said[0][key]} in the run, {said[1][key]} now" for key in keys]
 
 
 def _refuse_fewer_steps(run: Run, steps: int | None) -> None:
@@ -213,10 +211,13 @@ def _refuse_fewer_steps(run: Run, steps: int | None) -> None:
         )
 
 
-def _refuse_another_recipe(run: Run, recipe: Recipe, layout: dict[str, int], data: str | None) -> None:
+def refuse_another_recipe(run: Run, recipe: Recipe, layout: dict[str, int], data: str | None = None) -> None:
+    """Raises RecipeError with the differences where the run that is there is of another recipe, or another user's."""
     if run.path.stat().st_uid != os.getuid():
         raise RecipeError(f"{run.path}: belongs to another user; what stands in it is not opened")
-    changed = differences(run.recipe(), recipe) if run.recipe_file.exists() else []  # killed before it was written
+    changed = (
+        differences(run.recipe(), _as_it_began(recipe, run)) if run.recipe_file.exists() else []
+    )  # killed before it was written
     if changed:
         raise RecipeError(
             f"{run.path} is a run of another recipe (--fresh takes the next free name):\n  " + "\n  ".join(changed)
@@ -316,7 +317,7 @@ class _Lease:
     beaten: float = 0.0
 
     def take(self) -> None:
-        _refuse_another_attempt(self.path)
+        refuse_another_attempt(self.path)
         self.path.unlink(missing_ok=True)
         beside = self.path.with_name(f".lease.{self.token}")
         write_json(beside, self._now())
@@ -376,7 +377,8 @@ def _lives(held: dict[str, Any]) -> bool:
     return bool(time.time() - held["time"] < LEASE_SECONDS)
 
 
-def _refuse_another_attempt(path: Path) -> None:
+def refuse_another_attempt(path: Path) -> None:
+    """Raises RecipeError where an attempt that lives holds the lease at `path`."""
     held = _held(path)
     if held is not None and _lives(held):
         raise RecipeError(_at_work(path, held))

@@ -55,7 +55,7 @@ def test_no_value_is_executed_and_each_is_refused_or_passed_on(
     canary = tmp_path / "canary"
     hostile = around.format(TRAP.format(canary=canary))
     option = {"extra": {"mail-user": hostile, "mail-type": "TIME_LIMIT", "hold": True}}
-    variable = {"environment": {"HOSTILE": hostile}, "cache_dir": hostile}
+    variable = {"environment": {"HOSTILE": hostile}, "cache_dir": f"/{hostile}"}
     if re.search(r"[\x00-\x1f\x7f\x85\u2028\u2029]", hostile):
         for values in (option, variable):
             with pytest.raises(RecipeError, match=r"has a line break or another control character"):
@@ -73,7 +73,7 @@ def test_no_value_is_executed_and_each_is_refused_or_passed_on(
     text = text_of(tmp_path, profile_with(tmp_path, variable))
     program = setup_of(text) + '\nprintf "%s\\n%s" "$HOSTILE" "$TRITON_CACHE_DIR"'
     said = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True).stdout
-    assert said == f"{hostile}\n{hostile}/triton"
+    assert said == f"{hostile}\n/{hostile}/triton"
     assert not canary.exists()
 
 
@@ -82,10 +82,11 @@ def test_every_field_is_quoted_alike(field: str, cluster: DevCluster, tmp_path: 
     """What is no such account, constraint or partition is Slurm's to refuse; nothing runs either way."""
     canary = tmp_path / "canary"
     for around in AROUND[:40]:
-        values: dict[str, Any] = {field: around.format(TRAP.format(canary=canary))}
+        hostile = around.format(TRAP.format(canary=canary))
+        values: dict[str, Any] = {field: f"/{hostile}" if field == "cache_dir" else hostile}
         text = text_of(tmp_path, profile_with(tmp_path, values | ({"gpus_per_node": 1} if field == "gpu_type" else {})))
         subprocess.run(["bash", "-c", setup_of(text)], capture_output=True, check=False)
     sent = subprocess.run(["sbatch", "--hold", "--parsable"], input=text, capture_output=True, text=True, check=False)
     if sent.returncode == 0:
-        slurm.cancel(sent.stdout.strip())
+        slurm.end(sent.stdout.strip(), at_once=True)
     assert not canary.exists()

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from fleetune.cli import app
 from fleetune.cluster import preflight, site
 from fleetune.cluster.file_systems import kind_of, why_unshared
-from fleetune.cluster.profile import Profile
+from fleetune.cluster.profile import Container, Profile
 from fleetune.schema import Recipe
 
 # ---------------------------------------------------------------- a cluster written down
@@ -204,6 +204,17 @@ def test_nodes_without_internet_need_the_names_of_the_hub_in_their_cache(
     assert list(preflight._not_cached(recipe, offline)) == []
 
 
+def test_an_image_that_is_not_on_this_machine_is_named(tmp_path: Path) -> None:
+    def said(image: str) -> list[str]:
+        profile = Profile(time="4h", container=Container(kind="apptainer", image=image))
+        return list(preflight._no_image(profile, Path("/p.yaml")))
+
+    (tmp_path / "there.sif").touch()
+    assert said(str(tmp_path / "there.sif")) == said("docker://pytorch") == []
+    (line,) = said(f"{tmp_path}/none.sif")
+    assert line.startswith(f"/p.yaml: container.image = '{tmp_path}/none.sif': is not there on this machine")
+
+
 # ---------------------------------------------------------------- a real one
 
 
@@ -287,6 +298,30 @@ def test_a_job_that_sbatch_refuses_leaves_no_folder_of_its_own(cluster: DevClust
         assert "the run was not sent; " in done.stderr
         assert "Invalid node name" in done.stderr
         assert (folder / "runs" / "run" / "run.json").exists() is make
+
+
+@pytest.mark.parametrize("words", [(), ("--dry-run",)], ids=["sent", "dry run"])
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"nodez": 3}, "extra.nodez = 3: the run {} not be sent; sbatch: unrecognized option '--nodez=3'"),
+        ({"mail-type": "sometimes"}, "extra.mail-type = 'sometimes': the run {} not be sent; sbatch: error: Invalid"),
+    ],
+)
+def test_an_option_that_sbatch_does_not_take_is_named(
+    extra: dict[str, Any], said: str, words: tuple[str, ...], cluster: DevCluster, folder: Path
+) -> None:
+    done = submit(folder, *words, extra=extra)
+    assert done.exit_code == 2
+    line = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    said = said.format("would" if words else "XX").replace("XX not be", "was not")
+    assert line.startswith(f"error: {folder}/profile.yaml: {said}")
+
+
+def test_folders_that_other_nodes_hardly_see_are_one_warning(cluster: DevCluster, folder: Path) -> None:
+    """Data, model and runs of these tests stand in one folder of /tmp."""
+    warned = [line for line in submit(folder, "--dry-run").stderr.splitlines() if "see the same files" in line]
+    assert [line.partition(": ")[0] for line in warned] == ([f"warning   {folder}"] if why_unshared(folder) else [])
 
 
 def test_data_and_folders_are_checked_too(cluster: DevCluster, folder: Path) -> None:

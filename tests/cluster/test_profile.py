@@ -78,17 +78,32 @@ FAULTS = {
     "no time": ({"time": None}, "time = null: should be text"),
     "no nodes": ({"nodes": 0}, "nodes = 0: should be greater than or equal to 1"),
     "memory without a unit": ({"memory": "64"}, "memory = '64': should be a number with its unit"),
+    "a number for memory": ({"memory": 4000}, "memory = 4000: should be a number with its unit, as 4000M or 64G"),
+    "a cache in no folder": ({"cache_dir": "cache"}, "cache_dir = 'cache': should begin with /"),
+    "a cache at home": ({"cache_dir": "~/cache"}, "cache_dir = '~/cache': should begin with /, as it is passed on"),
+    "a mount of home": (
+        {"container": {"kind": "pyxis", "image": "x", "mounts": ["$HOME/data"]}},
+        "container.mounts.0 = '$HOME/data': should begin with /",
+    ),
+    "an image at home": (
+        {"container": {"kind": "apptainer", "image": "~/torch.sif"}},
+        "container.image = '~/torch.sif': should begin with /",
+    ),
     "a second line": ({"account": "a\n#SBATCH --uid=0"}, "account = 'a\\n#SBATCH --uid=0': has a line break"),
     "an empty word": ({"qos": " "}, "qos = ' ': is empty; leave the key out"),
     "an option of ours": (
         {"extra": {"gres": "gpu:8"}},
-        "extra.gres = 'gres': is set by Fleetune; in its place: gpus_per_node",
+        "extra.gres = 'gpu:8': is set by Fleetune; in its place: gpus_per_node",
     ),
-    "no option": ({"extra": {"mail type": "END"}}, "extra.mail type = 'mail type': should be the name of an sbatch"),
+    "the beginning of one": (
+        {"extra": {"part": "hi"}},
+        "extra.part = 'hi': is set by Fleetune; in its place: partition",
+    ),
+    "no option": ({"extra": {"mail type": "END"}}, "extra.mail type = 'END': should be the name of an sbatch"),
     "an option switched off": ({"extra": {"exclusive": False}}, "extra.exclusive = false: should be text, a whole"),
     "a line in an option": ({"extra": {"mail-user": "a\nb"}}, "extra.mail-user = 'a\\nb': has a line break"),
-    "a secret": ({"environment": {"WANDB_API_KEY": "x"}}, "environment.WANDB_API_KEY = 'WANDB_API_KEY': looks like"),
-    "no variable": ({"environment": {"A-B": "x"}}, "environment.A-B = 'A-B': should be the name of an environment"),
+    "a secret": ({"environment": {"WANDB_API_KEY": "x"}}, "environment.WANDB_API_KEY: looks like"),
+    "no variable": ({"environment": {"A-B": "x"}}, "environment.A-B: should be the name of an environment"),
     "two shells in one line": ({"setup": ["module load a\nrm x"]}, "setup.0 = 'module load a\\nrm x': has a line br"),
     "another container": ({"container": {"kind": "docker", "image": "x"}}, "container.kind = 'docker': legal values"),
     "more ranks than GPUs": ({"gpus_per_node": 4, "ranks_per_node": 8}, "ranks_per_node = 8: a rank needs a GPU"),
@@ -105,6 +120,14 @@ def test_a_fault_names_the_file_the_key_and_what_is_right(name: str, tmp_path: P
         load_profile(file)
     assert str(caught.value).startswith(f"{file}: ")
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["hunter2", "hunter2\n", 31337])
+def test_the_value_of_a_secret_is_not_shown(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_profile(written(tmp_path, yaml.safe_dump({"time": "4h", "environment": {"MY_TOKEN": value}})))
+    assert "environment.MY_TOKEN: looks like a secret" in str(caught.value)
+    assert str(value).strip() not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "time: [\n", "time: 4h\ntime: 5h\n", "a: !!python/name:os.system\n"])

@@ -3,28 +3,82 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from devcluster import DevCluster, eventually
+from typer.testing import CliRunner, Result
 
+from fleetune import runs
+from fleetune.attempts import end_attempt, start_attempt
+from fleetune.cli import app
 from fleetune.cluster import slurm
 
 
 @pytest.mark.parametrize(
-    ("state", "reason", "left", "has_run", "held"),
+    ("state", "reason", "left", "held"),
     [
-        ("PENDING", "BeginTime", 100.0, True, True),
-        ("PENDING", "BeginTime", 118.0, True, False),  # its last start may still be ending
-        ("PENDING", "BeginTime", 100.0, False, False),  # a person chose when it begins
-        ("PENDING", "BeginTime", None, True, False),
-        ("PENDING", "Priority", 100.0, True, False),
-        ("RUNNING", "None", 100.0, True, False),
+        ("PENDING", "BeginTime", 100.0, True),
+        ("PENDING", "BeginTime", 118.0, False),  # its last start may still be ending
+        ("PENDING", "BeginTime", None, False),
+        ("PENDING", "Priority", 100.0, False),
+        ("RUNNING", "None", 100.0, False),
     ],
 )
-def test_only_a_requeued_job_whose_last_start_is_gone_is_moved_up(
-    state: str, reason: str, left: float | None, has_run: bool, held: bool, tmp_path: Path
+def test_only_a_job_that_waits_as_a_requeued_one_does_and_whose_last_start_is_gone_may_be_moved_up(
+    state: str, reason: str, left: float | None, held: bool
 ) -> None:
-    if has_run:
-        (tmp_path / "slurm" / "7-0").mkdir(parents=True)
     job = slurm.Job("7", state, reason, "", "x", None if left is None else time.time() + left)
-    assert slurm._is_held_back(tmp_path, job) is held
+    assert slurm._may_be_held_back(job) is held
+
+
+def test_a_job_whose_node_was_lost_before_any_task_came_up_says_so_and_is_moved_up(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "runs" / "one"
+    send("one", setup=["sleep 60"], nodes=2)
+    id_ = slurm.job_of(path)
+    assert eventually(lambda: cluster.job(id_)["JobState"] == "RUNNING", 60)
+    cluster.slurm("scontrol", "update", "NodeName=node1", "State=DOWN", "Reason=lost")
+    try:
+        assert eventually(lambda: cluster.job(id_)["Reason"] == "BeginTime", 60)
+        told = " ".join(CliRunner().invoke(app, ["why", str(path)]).stdout.split())
+        assert "Slurm holds it back for two minutes, as every requeued job (BeginTime). Its last start was lost" in told
+        monkeypatch.setattr(slurm, "ENDING_SECONDS", -60.0)  # it was the batch script's node that was lost
+        found = slurm.jobs_of([path])[path]
+    finally:
+        cluster("heal", "node1")
+    assert (found.reason, found.lost) == ("its start was moved up", "a node failed")
+
+
+@pytest.mark.parametrize(
+    ("open_", "state", "lost"),
+    [
+        (True, "NODE_FAIL", "a node failed"),
+        (True, "PREEMPTED", "it was preempted"),
+        (True, None, "it was ended from outside"),  # there is no accounting
+        (False, "NODE_FAIL", "a node failed"),
+        (False, "REQUEUED", None),  # by its own batch script, which has ended the attempt
+        (False, None, None),
+    ],
+)
+def test_how_a_start_was_lost_is_told_where_the_attempts_do_not_say_it_yet(
+    open_: bool, state: str | None, lost: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs.Run(tmp_path)
+    start_attempt(run, ["node1"])
+    if not open_:
+        end_attempt(run, 1, runs.SAVED, "preempted: stopped and saved", "preemption")
+    monkeypatch.setattr(slurm, "past", lambda ids: {} if state is None else {"7": [slurm.Past(state, 1.0)]})
+    waits = slurm.Job("7", "PENDING", "Resources", "", "x")
+    assert slurm.how_they_were_lost({tmp_path: waits}).get(tmp_path) == lost
+    assert slurm.how_they_were_lost({tmp_path: slurm.Job("7", "RUNNING", "None", "node1", "x")}) == {}
+
+
+def test_a_person_who_chose_when_a_job_begins_is_left_alone(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path
+) -> None:
+    path = tmp_path / "runs" / "one"
+    send("one", extra={"begin": "now+100"})
+    assert slurm.jobs_of([path])[path].reason == "BeginTime"

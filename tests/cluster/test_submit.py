@@ -1,15 +1,22 @@
-"""What sending a run fills in from the profile."""
+"""What sending a run fills in from the profile, and what becomes of what was sent: on a real Slurm."""
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from devcluster import DevCluster, eventually
 from tiny import recipe_values
+from typer.testing import CliRunner, Result
 
+from fleetune import runs
+from fleetune.cli import app
 from fleetune.cluster.profile import Profile
-from fleetune.cluster.submit import with_failures
+from fleetune.cluster.submit import awaited, with_failures
 from fleetune.schema import Recipe
 
 PROFILE = Profile(time="4h", nodes=16, failures_per_node_day=0.0065)
@@ -30,3 +37,170 @@ def test_what_the_recipe_says_itself_stays() -> None:
         assert with_failures(asked, PROFILE) == asked
     asked = recipe(save_steps="auto")
     assert with_failures(asked, Profile(time="4h")) == asked
+
+
+# ---------------------------------------------------------------- what was sent
+
+
+def fleetune(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words))
+
+
+HELD = {"extra": {"hold": True}}
+
+
+def job_of(run: Path) -> str:
+    return str(runs.read_json(run / "job.json")["id"])
+
+
+def test_a_job_that_has_not_begun_is_cancelled_plainly(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path
+) -> None:
+    run, begun = tmp_path / "runs" / "held", time.monotonic()
+    assert send("held", **HELD).exit_code == 0
+    done = fleetune("cancel", str(run))
+    assert (done.exit_code, done.output) == (0, f"{run}: job {job_of(run)} had not begun, and is cancelled\n")
+    assert cluster.job(job_of(run))["JobState"] == "CANCELLED"
+    assert time.monotonic() - begun < 20
+    again = fleetune("cancel", str(run))
+    assert again.exit_code == 2
+    assert f"its job {job_of(run)} has ended; there is nothing to cancel" in again.stderr
+
+
+def test_a_cancelling_that_slurm_refuses_leaves_nothing(
+    send: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, refusing = tmp_path / "runs" / "held", tmp_path / "scancel"
+    send("held", **HELD)
+    refusing.write_text("#!/bin/sh\necho no permission >&2\nexit 1\n", encoding="utf-8")
+    refusing.chmod(0o700)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        done = fleetune("cancel", str(run))
+    assert (done.exit_code, done.stderr) == (1, "error: scancel: no permission\n")
+    assert not (run / "cancel.json").exists()
+
+
+def test_a_run_that_is_cancelled_before_its_tasks_are_up_is_cancelled(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path
+) -> None:
+    """There is none yet that could hear the signal."""
+    run = tmp_path / "runs" / "early"
+    send("early", setup=["sleep 3"])
+    assert eventually(lambda: cluster.job(job_of(run))["JobState"] == "RUNNING", 60)
+    assert "is asked to save and end" in fleetune("cancel", str(run)).output
+    again = send("early")
+    assert again.exit_code == 2
+    assert "is being cancelled" in again.stderr
+    assert eventually(lambda: not cluster.slurm("squeue", "--noheader"), 60)
+    assert [entry.get("kind") for entry in runs.read_jsonl(run / "attempts.jsonl")] == [None, "cancel"]
+
+
+def test_a_run_is_waited_for_until_it_is_done_and_not_merely_until_its_job_has_ended(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path
+) -> None:
+    first, second = tmp_path / "runs" / "first", tmp_path / "runs" / "second"
+    assert send("first", setup=["sleep 3"]).exit_code == 0
+    assert send("second", "--after", str(first)).exit_code == 0
+    assert eventually(lambda: cluster.job(job_of(first))["JobState"] == "RUNNING", 60)
+    fleetune("cancel", str(first))
+    assert eventually(lambda: not cluster.slurm("squeue", "--noheader"), 60)
+    assert runs.read_jsonl(first / "attempts.jsonl")[-1]["kind"] == "cancel"
+    assert cluster.job(job_of(second))["JobState"] == "CANCELLED"
+    assert not (second / "attempts.jsonl").exists()
+    told = " ".join(fleetune("why", str(second)).stdout.split())
+    assert f"waited for {first}, and was cancelled: that run's job ended before the run was done" in told
+    third = send("third", "--after", str(first))
+    assert third.exit_code == 2
+    assert "is not done, and no job of it is in the queue (cancelled: " in third.stderr
+    assert not (tmp_path / "runs" / "third").exists()
+
+
+def test_a_run_that_is_done_is_not_waited_for(send: Callable[..., Result], tmp_path: Path) -> None:
+    done = runs.Run(tmp_path / "done")
+    done.path.mkdir()
+    runs.write_json(done.path / "run.json", {"id": "1"})
+    runs.append_jsonl(done.attempts, {"attempt": 1, "event": "end", "exit_code": runs.DONE, "reason": "done"})
+    assert awaited(done.path) is None
+    shown = send("next", "--dry-run", "--after", str(done.path))
+    assert shown.exit_code == 0, shown.stderr
+    assert "--dependency" not in shown.stdout
+    send("next", "--after", str(done.path), **HELD)
+    assert send("next", "--after", str(done.path), **HELD).stderr == ""
+    assert "changed since: --after" in send("next", "--after", str(tmp_path), **HELD).stderr
+    nothing = send("other", "--after", str(tmp_path / "nothing"))
+    assert nothing.exit_code == 2
+    assert "nothing: is no run folder" in nothing.stderr
+
+
+def test_a_requeued_job_is_still_waited_for(cluster: DevCluster, send: Callable[..., Result], tmp_path: Path) -> None:
+    send("first", setup=["sleep 60"])
+    send("second", "--after", str(tmp_path / "runs" / "first"))
+    first, second = (job_of(tmp_path / "runs" / name) for name in ("first", "second"))
+    assert eventually(lambda: cluster.job(first)["JobState"] == "RUNNING", 60)
+    cluster.slurm("scontrol", "requeue", first)
+    assert eventually(lambda: cluster.job(first)["Reason"] == "BeginTime", 60)
+    assert cluster.job(second)["Reason"] == "Dependency"
+    assert not (tmp_path / "runs" / "first" / "attempts.jsonl").exists()  # its setup did not fail: Slurm ended it
+
+
+ANOTHER = ("training.learning_rate=0.5",)
+
+
+def finish(run: runs.Run) -> None:
+    """As a run stands that has come to its end, its job long forgotten."""
+    runs.append_jsonl(run.attempts, {"attempt": 1, "event": "end", "exit_code": runs.DONE, "reason": "done"})
+    runs.write_json(run.eval, {"total_steps": 6})
+    runs.write_json(run.path / "run.json", run.info() | {"total_steps": 6})
+
+
+@pytest.mark.parametrize("state", ["queued", "finished", "failed"])
+@pytest.mark.parametrize("words", [(), ("--dry-run",)], ids=["sent", "dry run"])
+def test_another_recipe_under_the_name_of_a_run_is_refused(
+    state: str, words: tuple[str, ...], cluster: DevCluster, send: Callable[..., Result], tmp_path: Path
+) -> None:
+    run = runs.Run(tmp_path / "runs" / "one")
+    send("one", **HELD)
+    before = (run.path / "job.json").read_bytes()
+    if state != "queued":
+        cluster.slurm("scancel", job_of(run.path))
+    if state == "finished":
+        finish(run)
+    done = send("one", *words, recipe=ANOTHER, **HELD)
+    assert done.exit_code == 2
+    assert done.stderr.splitlines() == [
+        f"error: {run.path} is a run of another recipe (--fresh takes the next free name):",
+        "  training.learning_rate: 0.001 in the run, 0.5 now",
+    ]
+    assert (run.path / "job.json").read_bytes() == before
+
+
+def test_what_has_changed_since_a_job_was_sent_is_said_when_it_is_attached_to(
+    send: Callable[..., Result], tmp_path: Path
+) -> None:
+    run, longer = tmp_path / "runs" / "one", ("training.max_steps=60",)
+    send("one", **HELD)
+    same = send("one", **HELD)
+    assert same.stderr == ""
+    assert f"{run}: job {job_of(run)}, pending already" in same.stdout
+    for words in ((), ("--dry-run",)):
+        done = send("one", *words, recipe=longer, nodes=2, **HELD)
+        assert done.exit_code == 0
+        assert done.stderr.startswith("warning   changed since: training.max_steps, nodes of the profile; job ")
+        assert done.stderr.count("\n") == 1
+        assert ("submit would send nothing" in done.stdout) is (words != ())
+        assert "#SBATCH" not in done.stdout
+
+
+def test_a_run_that_is_finished_goes_on_where_it_is_longer_now(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path
+) -> None:
+    run = runs.Run(tmp_path / "runs" / "one")
+    send("one", **HELD)
+    cluster.slurm("scancel", job_of(run.path))
+    finish(run)
+    (run.path / "job.json").rename(run.path / "other.json")  # it was trained by `fleetune run`
+    assert "one is finished; --fresh trains it again, a longer training.max_steps goes on" in send("one", **HELD).stdout
+    assert "#SBATCH" in send("one", "--dry-run", recipe=("training.max_steps=60",), **HELD).stdout
+    assert f"--job-name={'one-2-TOKEN'}" in send("one", "--dry-run", "--fresh", **HELD).stdout
+    assert ", sent" in send("one", recipe=("training.max_steps=60",), **HELD).stdout

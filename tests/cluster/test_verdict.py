@@ -71,6 +71,18 @@ def test_a_cancelled_run_is_not_one_whose_time_is_over(run: runs.Run) -> None:
     assert end_of(run, 0, SAVED | {"signals": [signal.SIGUSR2]}).kind == "cancel"
 
 
+@pytest.mark.parametrize("ranks", [[{"code": 1, "reason": "rank 0: connection closed"}], []])
+def test_a_cancelled_run_whose_save_failed_is_not_made_to_come_again(run: runs.Run, ranks: list[Any]) -> None:
+    (run.path / "cancel.json").write_text("{}", encoding="utf-8")
+    found = end_of(run, 1, *ranks)
+    assert (found.kind, found.code) == ("cancel", runs.FAILED)
+    assert found.reason.startswith("cancelled")
+    if ranks:
+        hang = {"rank": 0, "phase": "step", "seconds": 61.0, "limit": 60.0}
+        runs.write_json(run.path / "slurm" / "7-0" / "hang.json", hang)
+        assert end_of(run, 1, *ranks).kind == "cancel"
+
+
 def test_the_first_rank_that_failed_is_the_one_that_is_named(run: runs.Run) -> None:
     ranks = [
         {"code": 1, "reason": "rank 0: connection closed", "time": 5.0},

@@ -91,7 +91,7 @@ def test_an_attempt_without_an_end_is_at_work_or_was_cut_off(run: runs.Run) -> N
         ("Priority", "jobs of higher priority go first"),
         ("QOSMaxJobsPerUserLimit", "a limit of your account or qos is reached"),
         ("PartitionTimeLimit", "`time` is beyond what the partition allows"),
-        ("DependencyNeverSatisfied", "the run it waits for has failed"),
+        ("DependencyNeverSatisfied", "the run it waits for has ended before it was done"),
         ("Dependency", "it waits for another run"),
         ("ReqNodeNotAvail, UnavailableNodes:node3", "nodes it needs are down, or reserved"),
         ("SomethingNew", "not begun: SomethingNew."),
@@ -105,6 +105,23 @@ def test_a_job_that_was_cancelled_before_it_began_is_no_riddle(run: runs.Run) ->
     runs.write_json(run.path / "job.json", {"id": "7"})
     said = why_._now(run, Job("7", "CANCELLED by 1000", "", "", "x"), [])
     assert said == ("Job 7 was cancelled before it began.", "submit it again, if it is still wanted.")
+
+
+def test_a_run_that_was_cancelled_between_two_attempts_says_so(run: runs.Run) -> None:
+    ended(run, runs.FAILED, "a node failed", "node_failure", 5)
+    runs.write_json(run.path / "cancel.json", {"job": "7"})
+    assert "It was cancelled while it waited for its next attempt, at step 5 of 400." in told(run)
+
+
+def test_a_run_whose_node_was_lost_says_so_and_not_how_the_attempt_before_ended(
+    run: runs.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended(run, runs.SAVED, "preempted: stopped and saved", "preemption", 5)
+    start_attempt(run, ["node1", "node2"])
+    waits = Job("7", "PENDING", "BeginTime", "", "x", lost="a node failed")
+    monkeypatch.setattr(why_, "_job", lambda run: waits)
+    assert "(BeginTime). Attempt 2 on node1, node2 was lost: a node failed. 1 earlier attempt ended" in told(run)
+    assert "stopped and saved" not in told(run)
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def check(recipe: Recipe, profile: Profile, file: Path) -> list[str]:
     """
     slurm.require()
     _refuse_folder(Path(recipe.output_dir))
-    said = [*_unshared(recipe), *_not_cached(recipe, profile), *overriding()]
+    said = [*_unshared(recipe), *_not_cached(recipe, profile), *_no_image(profile, file), *overriding()]
     if "clusters" in profile.extra:  # another than the one that would be asked
         return said
     cluster = ask(associations=bool(profile.account or profile.qos))
@@ -92,6 +92,14 @@ def overriding() -> list[str]:
     """Variables that sbatch puts before what stands in a script."""
     names = sorted(name for name in os.environ if name.startswith("SBATCH_"))
     return [f"{name} is set in the environment, and sbatch puts it before the profile; unset it" for name in names]
+
+
+def of_extra(said: str, profile: Profile, file: Path) -> str:
+    """What sbatch said, with the profile's key before it where it names an option that `extra` sets."""
+    for name, value in profile.extra.items():
+        if re.search(rf"--{re.escape(name)}(?![\w-])", said):
+            return lines([(f"extra.{name}", value, said)], file)[0]
+    return said
 
 
 def _may_lift(profile: Profile, cluster: Cluster) -> bool:
@@ -238,16 +246,21 @@ def _refuse_folder(folder: Path) -> None:
 
 
 def _unshared(recipe: Recipe) -> Iterator[str]:
-    """A line for each place that the nodes would have to see, and most probably do not."""
+    """The folders that the nodes would have to see, and most probably do not: a line for each kind of them."""
     named = [("output_dir", recipe.output_dir), ("model.model_name_or_path", recipe.model.model_name_or_path)]
     named += [(f"data.{split}.path", path) for split, path in _data(recipe)]
     for key, teacher in teachers_of(recipe):
         named += [
             (f"{key}.{name}", path) for name in ("model_name_or_path", "cache") if (path := getattr(teacher, name))
         ]
+    whys: dict[str, dict[Path, None]] = {}
     for key, path in named:
         if Path(path).is_absolute() and (why := why_unshared(Path(path))) is not None:
-            yield f"{key} = {shown(path)}: {why}; the nodes must see the same files there"
+            whys.setdefault(why, {})[Path(path).parent if key.endswith(".path") else Path(path)] = None
+    for why, places in whys.items():
+        highest = [str(place) for place in places if not any(above in places for above in place.parents)]
+        each = "each " if len(highest) > 1 else ""
+        yield f"{', '.join(highest)}: {each}{why}; the nodes must see the same files there"
 
 
 def _not_cached(recipe: Recipe, profile: Profile) -> Iterator[str]:
@@ -263,6 +276,14 @@ def _not_cached(recipe: Recipe, profile: Profile) -> Iterator[str]:
         is_hub = not Path(name).is_absolute() and "://" not in name
         if is_hub and not (cache / f"{kind}--{name.replace('/', '--')}").exists():
             yield f"{key} = {shown(name)}: is not in {cache}, and the profile says that nodes have no internet"
+
+
+def _no_image(profile: Profile, file: Path) -> Iterator[str]:
+    image = profile.container.image if profile.container is not None else ""
+    if Path(image).is_absolute() and not Path(image).exists():
+        yield from lines(
+            [("container.image", image, "is not there on this machine; the nodes must find it there")], file
+        )
 
 
 def hub_cache(environment: dict[str, str]) -> Path:

@@ -83,17 +83,32 @@ def _value(value: Any) -> Any:
     return _literal(value) if isinstance(value, str) else value
 
 
-def _memory(text: str) -> str:
-    if not re.fullmatch(r"\d+[KMGT]", text):
-        raise PydanticCustomError("memory", "should be a number with its unit, as 64G; 0G is all that a node has")
+def _memory(value: Any) -> Any:
+    """One message, whether it is a bare number or text without a unit."""
+    if not isinstance(value, str) or not re.fullmatch(r"\d+[KMGT]", value):
+        raise PydanticCustomError(
+            "memory", "should be a number with its unit, as 4000M or 64G; 0G is all that a node has"
+        )
+    return value
+
+
+def _absolute(text: str) -> str:
+    """Values are quoted, so that the shell makes nothing of ~ and $."""
+    if not text.startswith("/"):
+        raise PydanticCustomError("absolute", "should begin with /, as it is passed on literally: no ~, no $")
     return text
 
 
+def _image(text: str) -> str:
+    return _absolute(text) if text.startswith(("~", "$")) else text  # else it may be a registry's name
+
+
 def _option(name: str) -> str:
+    """sbatch takes the beginning of a name for the name."""
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise PydanticCustomError("option", "should be the name of an sbatch option without its dashes, as mail-type")
-    if name in OURS:
-        raise PydanticCustomError("option", "is set by Fleetune; in its place: {instead}", {"instead": OURS[name]})
+    if (ours := name if name in OURS else next((one for one in OURS if one.startswith(name)), None)) is not None:
+        raise PydanticCustomError("option", "is set by Fleetune; in its place: {instead}", {"instead": OURS[ours]})
     return name
 
 
@@ -149,9 +164,9 @@ class Container(Section):
 
     kind: Literal["pyxis", "apptainer"]
     """What runs it: srun's pyxis plugin, or apptainer."""
-    image: Word
+    image: Annotated[Word, AfterValidator(_image)]
     """A file, or a registry's name as the runtime takes it."""
-    mounts: list[Word] = []
+    mounts: list[Annotated[Word, AfterValidator(_absolute)]] = []
     """HOST or HOST:INSIDE. The run's folder and the code are mounted by themselves."""
     python: Word = "python"
     """The command inside the image."""
@@ -180,7 +195,7 @@ class Profile(Section):
     """The GPUs of a node when absent; on nodes without any, 1."""
     cpus_per_rank: Count = 1
     """CPUs, and so threads, of each rank."""
-    memory: Annotated[str, AfterValidator(_memory)] | None = None
+    memory: Annotated[str, BeforeValidator(_memory)] | None = None
     """Of each node, as 64G; 0G is all that a node has."""
     time: Annotated[str, BeforeValidator(_time)]
     """4h, 90m, 2-00:00:00: what one attempt may take. The run goes on in the next one."""
@@ -190,12 +205,12 @@ class Profile(Section):
     """What this cluster's nodes are known for, e.g. 0.0065, which is 6.5 in 1,000 days of a node: recipes with
     checkpoint.save_steps: auto save as often as that asks for."""
     setup: list[Literal_] = []
-    """Lines of shell before the ranks start: module load cuda. The one field that is shell."""
+    """Lines of shell before the ranks start: [module load cuda]. The one field that is shell."""
     container: Container | None = None
     """An image that the ranks run in; without one they run the Python that submits."""
     environment: dict[Annotated[str, AfterValidator(_variable)], Literal_] = {}
     """Variables of every rank, NCCL's too."""
-    cache_dir: Word | None = None
+    cache_dir: Annotated[Word, AfterValidator(_absolute)] | None = None
     """A folder on each node's own disk for Triton's cache and torch's extensions: shared ones hang."""
     internet: bool = True
     """Whether the nodes reach it; else hub and wandb are off line there, and `fleetune sync` sends wandb the rest."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fleetune import runs
+from fleetune.attempts import unended
 from fleetune.schema import RecipeError
 
 # States in which a job is, or comes back, in the queue.
@@ -23,6 +24,7 @@ LIVE = frozenset(
      "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")
 )  # fmt: skip
 SECONDS = 60.0  # for a controller that is being restarted
+LOOKS = 30  # a second apart, at a job that is between two states
 HELD_SECONDS = 120.0  # that Slurm holds a requeued job back
 ENDING_SECONDS = 10.0  # of which its last start may need as many to be gone
 
@@ -39,6 +41,7 @@ class Job:
     nodes: str
     name: str
     begins: float | None = None  # seconds since the epoch; of one that waits, where Slurm says so
+    lost: str = ""  # how Slurm ended the last start of one that waits, where the run's own files do not say it yet
 
     @property
     def is_live(self) -> bool:
@@ -56,7 +59,7 @@ def job_of(path: Path) -> str:
 
 
 def jobs_of(paths: Iterable[Path]) -> dict[Path, Job]:
-    """Each run's job that Slurm still knows, by at most two queries; runs without a job are left out.
+    """Each run's job that Slurm still knows, by at most three queries; runs without a job are left out.
 
     A requeued job is held for two minutes, from the moment that its last attempt has left the nodes, so that the
     attempt itself cannot change it: who looks moves its start up, where this user may.
@@ -70,26 +73,53 @@ def jobs_of(paths: Iterable[Path]) -> dict[Path, Job]:
     known = queue()
     if missing := {id_ for id_ in ids.values() if id_ not in known}:
         known |= accounted(ids=missing) or {}
-    found = {}
-    for path, id_ in ids.items():
-        if id_ in known:
-            job = known[id_]
-            if _is_held_back(path, job) and start_now(id_):
-                job = replace(job, reason="its start was moved up")
-            found[path] = job
+    found = {path: known[id_] for path, id_ in ids.items() if id_ in known}
+    for path, how in how_they_were_lost(found).items():
+        found[path] = replace(found[path], lost=how)
+    for path, job in found.items():
+        if _may_be_held_back(job) and _has_run(path, job.id) and start_now(job.id):
+            found[path] = replace(job, reason="its start was moved up")
     return found
 
 
-def _is_held_back(path: Path, job: Job) -> bool:
-    """Whether it waits because it was requeued, and not because a person chose when it begins.
+def _may_be_held_back(job: Job) -> bool:
+    """Whether it waits as a job that was requeued does, and has done so for a while.
 
-    And has done so for a while: the batch script of its last start may still be ending, and Slurm would take that for
-    the end of a new start, which is then lost.
+    The batch script of its last start may still be ending, and Slurm would take that for the end of a new start, which
+    is then lost.
     """
     if job.state != "PENDING" or job.reason != "BeginTime" or job.begins is None:
         return False
-    has_run = any((path / "slurm").glob(f"{job.id}-*"))
-    return has_run and job.begins - time.time() < HELD_SECONDS - ENDING_SECONDS
+    return job.begins - time.time() < HELD_SECONDS - ENDING_SECONDS
+
+
+def _has_run(path: Path, id_: str) -> bool:
+    """Else it was a person who chose when it begins. Slurm is asked where no task of it came up."""
+    if any((path / "slurm").glob(f"{id_}-*")):
+        return True
+    with contextlib.suppress(SlurmFailed):
+        return re.search(r"\bRestarts=[1-9]", command("scontrol", "--oneliner", "show", "job", id_)) is not None
+    return False
+
+
+def how_they_were_lost(jobs: dict[Path, Job]) -> dict[Path, str]:
+    """How Slurm ended the last start of those that wait for another, where the run's own files do not say it yet.
+
+    By one query at most.
+    """
+    waiting = {path: job for path, job in jobs.items() if job.state == "PENDING"}
+    is_open = {path: bool(unended(runs.Run(path))) for path in waiting}
+    ids = [job.id for path, job in waiting.items() if job.reason == "BeginTime" or runs.Run(path).attempts.exists()]
+    starts = past(ids) if ids else {}
+    told = {"NODE_FAIL": "a node failed", "PREEMPTED": "it was preempted", "REQUEUED": "it was requeued"}
+    found = {}
+    for path, job in waiting.items():
+        state = starts[job.id][-1].state if job.id in starts else ""
+        if is_open[path]:
+            found[path] = told.get(state, "it was ended from outside")
+        elif state == "NODE_FAIL":  # of the others the attempt's own end is told
+            found[path] = told[state]
+    return found
 
 
 def require() -> None:
@@ -153,16 +183,16 @@ class Past:
     end: float  # seconds since the epoch
 
 
-def past(id_: str) -> list[Past]:
-    """The job's starts that have ended, oldest first; none where there is no accounting."""
-    words = ("sacct", "--noheader", "--parsable2", "--duplicates", "--allocations", f"--jobs={id_}")
-    found = []
+def past(ids: Iterable[str]) -> dict[str, list[Past]]:
+    """The starts of jobs that have ended, oldest first; by one query. None where there is no accounting."""
+    words = ("sacct", "--noheader", "--parsable2", "--duplicates", "--allocations", f"--jobs={','.join(ids)}")
+    found: dict[str, list[Past]] = {}
     with contextlib.suppress(SlurmFailed):
-        for line in command(*words, "--format=State,End").splitlines():
-            state, end = line.split("|")
+        for line in command(*words, "--format=JobIDRaw,State,End").splitlines():
+            id_, state, end = line.split("|")
             if (ended := _epoch(end)) is not None:  # else it is still at work
-                found.append(Past(state.split()[0], ended))
-    return sorted(found, key=lambda one: one.end)
+                found.setdefault(id_, []).append(Past(state.split()[0], ended))
+    return {id_: sorted(starts, key=lambda one: one.end) for id_, starts in found.items()}
 
 
 def _epoch(time: str) -> float | None:
@@ -206,10 +236,27 @@ def start_now(id_: str) -> bool:
     return True
 
 
-def stop(id_: str) -> None:
-    """Asks every rank to save and end."""
-    command("scancel", "--signal=USR2", id_)
+def end(id_: str, at_once: bool) -> str | None:
+    """Has a job's ranks save and end, or cancels it: `at_once`, or where it has not begun and there is nothing to save.
 
+    Returns the state that it was in, RUNNING or PENDING for the most part; None where it had ended already.
 
-def cancel(id_: str) -> None:
-    command("scancel", id_)
+    Raises:
+        SlurmFailed: the job stays between two states, in which it takes no signal, or Slurm does not do it.
+    """
+    for _ in range(LOOKS):
+        job = queue().get(id_)
+        if job is None or not job.is_live:
+            return None
+        if at_once:
+            command("scancel", id_)
+            return job.state
+        if job.state == "RUNNING":
+            command("scancel", "--signal=USR2", id_)
+            return job.state
+        if job.state == "PENDING":  # a signal would wait for it to begin; this leaves one alone that has begun by now
+            command("scancel", "--state=PENDING", id_)
+            if (now := queue().get(id_)) is None or not now.is_live:
+                return job.state
+        time.sleep(1.0)
+    raise SlurmFailed(f"scancel: job {id_} is {job}, and takes no signal to save; --now ends it without")

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fleetune.cluster import slurm, snapshot
 from fleetune.cluster.local import Layout
 from fleetune.cluster.profile import CONTROL, Profile, minutes_of
 from fleetune.cluster.supervisor import supervise
+from fleetune.report import no_run
 from fleetune.schema import Recipe, RecipeError, hours_between_failures
 
 SENDING_SECONDS = 60.0  # after which an sbatch that was begun on another machine has come to its end
@@ -39,24 +41,26 @@ class Sent:
     job: str  # Slurm's id
     state: str
     is_new: bool
+    changed: tuple[str, ...] = ()  # what has changed since, of which a job in the queue knows nothing
 
 
-def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | None = None) -> Sent:
-    """Sends the recipe's run. `standing` says whether it was sent before.
+def submit(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sent:
+    """Sends the recipe's run, to begin once the run `after` is done. `standing` says whether it was sent before.
 
     Raises:
-        RecipeError: the recipe does not fit the profile or the run that is there; Slurm refuses; or whether the run was
-            sent already cannot be known.
+        RecipeError: the recipe does not fit the profile or the run that is there; Slurm refuses; whether the run was
+            sent already cannot be known; or `after` ended before it was done.
     """
     slurm.require()
+    before = None if after is None else awaited(after)
     layout = Layout(profile.nodes, profile.ranks, profile.cpus_per_rank)
     cut_batch(recipe.training, layout.world_size)
     base = runs.Run(Path(recipe.output_dir) / recipe.name)
     if CONTROL.search(str(base.path)):
         raise RecipeError(f"output_dir = {recipe.output_dir!r}: has a line break or another control character")
-    makes = fresh or not base.path.exists()
+    makes = not base.path.exists()
     recipe = with_failures(recipe, profile)
-    run = runs.open_run(recipe, layout.stored(), fresh)
+    run = runs.open_run(recipe, layout.stored())
     _forget_cancelling(run)
     code, copy = snapshot.take(run.path / "code")
     token = secrets.token_hex(6)
@@ -67,9 +71,11 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | N
         "host": os.uname().nodename,
         "folder": _folder(run, token),
         "stop_seconds": profile.stop_seconds,
+        "profile": profile.model_dump(mode="json"),
+        **({} if after is None else {"after": str(after.absolute()), "waits_for": before}),
     }
     runs.write_json(run.path / "job.json", job)
-    executor = _executor(run, profile, token, copy, after)
+    executor = _executor(run, profile, token, copy, before)
     try:
         sent = executor.submit(supervise, str(run.path))
     except Exception as error:  # submitit's own kinds: sbatch's words stand in the message
@@ -86,20 +92,61 @@ def submit(recipe: Recipe, profile: Profile, fresh: bool = False, after: str | N
     return Sent(run, id_, "PENDING", is_new=True)
 
 
+def awaited(path: Path) -> str | None:
+    """The job to wait for until a run is done; None where it is done.
+
+    Raises RecipeError where it is neither done nor in the queue, for then it would be waited for in vain.
+    """
+    if (said := no_run(path)) is not None:
+        raise RecipeError(f"--after {said}")
+    run = runs.Run(path)
+    if (sent := attached(run)) is not None:
+        return sent.job
+    last = (runs.read_jsonl(run.attempts) or [{}])[-1]
+    if last.get("exit_code") == runs.DONE:
+        return None
+    reason = str(last.get("reason", "")).partition("\n")[0]
+    how = f" ({reason})" if reason else ""
+    raise RecipeError(f"--after {path}: is not done, and no job of it is in the queue{how}; submit it first")
+
+
 def _take_away(run: runs.Run) -> None:
     """What a sending that was refused has made, unless something else stands there by now."""
     if {path.name for path in run.path.iterdir()} <= {"run.json", "recipe.yaml", "code", "submitit"}:
         shutil.rmtree(run.path)
 
 
-def standing(recipe: Recipe) -> Sent | None:
+def standing(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sent | None:
     """The recipe's run, where its job is in the queue or it is done; None where it is to be sent.
 
-    Raises RecipeError where that cannot be known.
+    Raises RecipeError where that cannot be known, or the run that is there is of another recipe or at work elsewhere.
     """
     slurm.require()
+    recipe = with_failures(recipe, profile)
     run = runs.Run(Path(recipe.output_dir) / recipe.name)
-    return attached(run) or _finished(recipe, run)
+    if not (run.path / "run.json").exists():
+        return attached(run)
+    found = attached(run) or _finished(recipe, run)
+    if found is None:
+        runs.refuse_another_attempt(run.path / "lease.json")
+        layout = Layout(profile.nodes, profile.ranks, profile.cpus_per_rank).stored()
+    else:
+        layout = run.info()["layout"]
+    runs.refuse_another_recipe(run, recipe, layout)
+    if found is None or found.state == "FINISHED" or not run.recipe_file.exists():
+        return found
+    return replace(found, changed=tuple(_changed(run, recipe, profile, after)))
+
+
+def _changed(run: runs.Run, recipe: Recipe, profile: Profile, after: Path | None) -> Iterator[str]:
+    """The keys of recipe and profile that are others than when the run's job was sent."""
+    for line in runs.differences(run.recipe(), recipe, ("output_dir",)):
+        yield line.partition(":")[0]
+    job, now = runs.read_json(run.path / "job.json"), profile.model_dump(mode="json")
+    before = job.get("profile", now)
+    yield from (f"{key} of the profile" for key in {**before, **now} if before.get(key) != now.get(key))
+    if after is not None and job.get("after") != str(after.absolute()):
+        yield f"--after {after}"
 
 
 def _finished(recipe: Recipe, run: runs.Run) -> Sent | None:
@@ -109,7 +156,8 @@ def _finished(recipe: Recipe, run: runs.Run) -> Sent | None:
     stored, length = run.recipe().training, ("num_train_epochs", "max_steps")
     as_long = all(getattr(stored, key) == getattr(recipe.training, key) for key in length)
     if as_long and runs.is_finished(run, run.info().get("total_steps", -1)):
-        return Sent(run, slurm.job_of(run.path), "FINISHED", is_new=False)
+        job = runs.read_json(run.path / "job.json").get("id", "") if (run.path / "job.json").exists() else ""
+        return Sent(run, job, "FINISHED", is_new=False)
     return None
 
 
@@ -123,27 +171,32 @@ def _forget_cancelling(run: runs.Run) -> None:
     (run.path / "cancel.json").unlink()
 
 
-def script(recipe: Recipe, profile: Profile, after: str | None = None) -> str:
+def script(recipe: Recipe, profile: Profile, after: Path | None = None) -> str:
     """The sbatch script as `submit` would write it, with placeholders for the token and the code's hash."""
     slurm.require()
     run = runs.Run(Path(recipe.output_dir) / recipe.name)
-    executor = _executor(run, profile, "TOKEN", run.path / "code" / "HASH", after)
+    before = None if after is None else awaited(after)
+    executor = _executor(run, profile, "TOKEN", run.path / "code" / "HASH", before)
     return str(executor._make_submission_file_text(executor._submitit_command_str, "TOKEN"))
 
 
 def test_only(text: str) -> str:
-    """When and where `sbatch --test-only` would start a script. Raises SlurmFailed with why it would not."""
+    """When and where `sbatch --test-only` would start a script. Raises RecipeError with why it would not."""
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(text)
         file.flush()
         done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise slurm.SlurmFailed(done.stderr.strip() or f"sbatch: {done.returncode}")
+        said = [line for line in done.stderr.strip().splitlines() if not line.startswith("Try ")]
+        raise RecipeError(f"the run would not be sent; {'; '.join(said) or f'sbatch: {done.returncode}'}")
     return " ".join((done.stderr + done.stdout).split())
 
 
 def attached(run: runs.Run) -> Sent | None:
-    """The run's job that is in the queue, found by what job.json says; None where there is none."""
+    """The run's job that is in the queue, found by what job.json says; None where there is none.
+
+    Raises RecipeError where it is being cancelled.
+    """
     path = run.path / "job.json"
     if not path.exists():
         return None
@@ -156,7 +209,11 @@ def attached(run: runs.Run) -> Sent | None:
         job["id"] = id_
         runs.write_json(path, job)
     found = slurm.queue().get(job["id"])
-    return Sent(run, found.id, found.state, is_new=False) if found is not None and found.is_live else None
+    if found is None or not found.is_live:
+        return None
+    if (run.path / "cancel.json").exists():
+        raise RecipeError(f"{run.path}: job {found.id} is being cancelled; submit it again when that has ended")
+    return Sent(run, found.id, found.state, is_new=False)
 
 
 def with_failures(recipe: Recipe, profile: Profile) -> Recipe:
@@ -215,18 +272,20 @@ def _folder(run: runs.Run, token: str) -> str:
     return str(run.path / "submitit" / token)
 
 
-def _executor(run: runs.Run, profile: Profile, token: str, code: Path, after: str | None) -> Any:
+def _executor(run: runs.Run, profile: Profile, token: str, code: Path, before: str | None) -> Any:
     import submitit
 
     executor = submitit.SlurmExecutor(_folder(run, token), python=_python(profile, run))
-    executor.update_parameters(**_parameters(run, profile, token, code, after))
+    executor.update_parameters(**_parameters(run, profile, token, code, before))
     return executor
 
 
-def _parameters(run: runs.Run, profile: Profile, token: str, code: Path, after: str | None) -> dict[str, Any]:
+def _parameters(run: runs.Run, profile: Profile, token: str, code: Path, before: str | None) -> dict[str, Any]:
     words = {name: getattr(profile, name) for name in ("partition", "account", "qos", "constraint")}
     gpus = profile.gpus_per_node
     more: dict[str, Any] = dict(profile.extra) | {"requeue": True, "chdir": str(run.path)}
+    if before:
+        more = {"kill-on-invalid-dep": "yes"} | more  # else it waits for ever
     if profile.reservation:
         more["reservation"] = profile.reservation
     if gpus:
@@ -243,13 +302,13 @@ def _parameters(run: runs.Run, profile: Profile, token: str, code: Path, after: 
         "ntasks_per_node": profile.ranks,
         "cpus_per_task": profile.cpus_per_rank,
         "signal_delay_s": profile.stop_seconds,
-        "dependency": f"afterok:{after}" if after else None,
+        "dependency": f"afterok:{before}" if before else None,
         "additional_parameters": more,
         # One rank's end that is no success ends them all; srun has not passed cpus-per-task on since 22.05.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={profile.cpus_per_rank}", *_container(profile, run)],
         "setup": _setup(run, profile, code),
         # Runs once srun has ended, in whatever way: records it, and requeues where there is more to do.
-        "teardown": [f"exec {shlex.quote(sys.executable)} -m fleetune.cluster.verdict {shlex.quote(str(run.path))} $?"],
+        "teardown": [f"{_verdict(run)} $?"],
     }
 
 
@@ -270,8 +329,24 @@ def _setup(run: runs.Run, profile: Profile, code: Path) -> list[str]:
     return [
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        *profile.setup,
+        *(_watched(profile.setup, run) if profile.setup else ()),
     ]
+
+
+def _watched(lines: list[str], run: runs.Run) -> list[str]:
+    """Lines of shell whose first failure, or own `exit`, is the job's end. Not by set -e: what a function such as
+    `module` or `conda` tries inside may fail, if the function then does not."""
+    return [
+        "trap 'exit $?' ERR",
+        f"trap {shlex.quote(f'{_verdict(run)} $? setup')} EXIT",
+        "trap 'trap - ERR EXIT; exit 143' TERM",  # it is Slurm that ends the job
+        *lines,
+        "trap - ERR EXIT TERM",
+    ]
+
+
+def _verdict(run: runs.Run) -> str:
+    return f"exec {shlex.quote(sys.executable)} -m fleetune.cluster.verdict {shlex.quote(str(run.path))}"
 
 
 def _python(profile: Profile, run: runs.Run) -> str:

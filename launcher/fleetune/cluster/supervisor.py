@@ -82,8 +82,8 @@ def supervise(path: str) -> None:
     notes = notes_of(run, task.job, task.restart)
     notes.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        with _lead(run, task, notes) if task.rank == 0 else contextlib.nullcontext(lambda: None) as beat:
-            start = _await_start(notes, heard)
+        with _lead(run, task, notes, heard) if task.rank == 0 else contextlib.nullcontext(lambda: None) as beat:
+            start = _await_start(run, notes, heard)
             code, reason = _train(run, task, notes, start, heard, beat)
     except (RecipeError, local.PreparationFailed) as error:
         code = runs.WRONG if isinstance(error, RecipeError) else runs.FAILED
@@ -108,9 +108,10 @@ def _let_others_speak(notes: Path, task: Task) -> None:
 
 
 @contextlib.contextmanager
-def _lead(run: runs.Run, task: Task, notes: Path) -> Any:
+def _lead(run: runs.Run, task: Task, notes: Path, heard: list[int]) -> Any:
     """Prepares the data, opens the run as these nodes run it, takes its lease, and tells the others where to meet."""
     close_last(run, task.job, task.restart)
+    _stop_early(run, heard)
     layout = local.Layout(task.nodes, task.world_size // task.nodes, int(os.environ.get("SLURM_CPUS_PER_TASK", "1")))
     asked = run.recipe()
     report = local.prepare(asked)
@@ -126,6 +127,7 @@ def _lead(run: runs.Run, task: Task, notes: Path) -> Any:
         run.path / "run.json", run.info() | {"total_steps": steps, "global_batch_size": batch.global_batch_size}
     )
     with _patient_lease(run) as lease:
+        _stop_early(run, heard)  # the last moment: once the others are told to start, each of them does
         hosts = slurm.hosts(task.node_list)
         began = psutil.Process().create_time()
         attempt = start_attempt(run, hosts, began, sent_at(run), layout.of(recipe))
@@ -187,11 +189,10 @@ def _meeting_place(hosts: list[str]) -> tuple[str, int]:
 # ---------------------------------------------------------------- every rank
 
 
-def _await_start(notes: Path, heard: list[int]) -> dict[str, Any]:
+def _await_start(run: runs.Run, notes: Path, heard: list[int]) -> dict[str, Any]:
     deadline, pause = time.monotonic() + WAIT_SECONDS, 0.2
     while not (notes / "start.json").exists():
-        if _asked_to_stop(heard):
-            raise local.StoppedEarly
+        _stop_early(run, heard)
         if (ended := notes / "ended-0.json").exists():
             found = runs.read_json(ended)
             raise local.PreparationFailed(f"rank 0 did not start: {found['reason']}")
@@ -223,12 +224,13 @@ def _train(
         told, looks = False, 0
         try:
             while (code := process.poll()) is None:
-                if _asked_to_stop(heard) and not told:
+                looks += 1  # ten a second; every five seconds it asks the shared file system, too
+                asks = looks % 50 == 0
+                if not told and (_asked_to_stop(heard) or (asks and _is_cancelled(run))):
                     told = True
                     process.send_signal(signal.SIGTERM)
-                looks += 1  # ten a second; every five seconds it asks the shared file system, too
                 silence = beats.look()
-                if silence is not None or (looks % 50 == 0 and (notes / "hang.json").exists()):
+                if silence is not None or (asks and (notes / "hang.json").exists()):
                     return _hang(notes, task.rank, silence, process.pid, log_path)
                 beat()
                 time.sleep(0.1)
@@ -274,6 +276,16 @@ def _environment(task: Task, start: dict[str, Any], logs: Path, beats: str) -> d
 
 def _asked_to_stop(heard: list[int]) -> bool:
     return any(number != signal.SIGCONT for number in heard)
+
+
+def _stop_early(run: runs.Run, heard: list[int]) -> None:
+    if _asked_to_stop(heard) or _is_cancelled(run):
+        raise local.StoppedEarly
+
+
+def _is_cancelled(run: runs.Run) -> bool:
+    """The signal may have come before there was a task to hear it, or have been lost with its node."""
+    return (run.path / "cancel.json").exists()
 
 
 def _note(notes: Path, name: str, value: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 After srun, `python -m fleetune.cluster.verdict RUN CODE` in the batch script reads how the ranks ended, ends the
 attempt in RUN/attempts.jsonl, and requeues the job under its own id, or gives the run up: each kind of interruption
-has a budget of its own. Where Slurm itself requeues (a dead node, scontrol requeue) it never comes to that; the next
-attempt then ends the one before.
+has a budget of its own. With `setup` behind CODE it was the profile's setup that ended the script. Where Slurm itself
+requeues (a dead node, scontrol requeue) it never comes to that; the next attempt then ends the one before.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 from fleetune import runs
 from fleetune.attempts import began_of, end_attempt, epoch_of, progress_of, start_attempt, unended
 from fleetune.cluster import slurm
+from fleetune.cluster.logs import last_words
 from fleetune.schema import RecipeError
 
 
@@ -35,10 +37,16 @@ class End:
     reason: str
 
 
-def conclude(run: runs.Run, job: str, restart: int, srun_code: int) -> int:
-    """The batch script's last word: ends the attempt and requeues, or not. Returns the job's exit code."""
+def conclude(run: runs.Run, job: str, restart: int, code: int, of_setup: bool = False) -> int:
+    """The batch script's last word: ends the attempt and requeues, or not. Returns the job's exit code.
+
+    Args:
+        code: srun's exit code, or the script's own where the profile's `setup` ended it.
+    """
+    if of_setup and code == 128 + signal.SIGTERM:  # it is Slurm that ends the job
+        return code
     notes = notes_of(run, job, restart)
-    end = _end_of(run, notes, srun_code)
+    end = _end_of_setup(run, code) if of_setup else _end_of(run, notes, code)
     verdict = _record(run, notes, end)
     if verdict is None and end.kind not in ("done", "cancel", "wrong"):
         try:
@@ -48,28 +56,44 @@ def conclude(run: runs.Run, job: str, restart: int, srun_code: int) -> int:
             verdict = f"cannot be requeued ({error}); `fleetune submit` goes on with it"
     if verdict is not None:
         print(f"fleetune: error: {run.path}: {verdict}", file=sys.stderr)
-    return 0 if end.kind in ("done", "cancel") else 1
+    return 0 if end.kind == "done" else 1  # 0 is what a run that is sent with --after waits for
 
 
 def _end_of(run: runs.Run, notes: Path, srun_code: int) -> End:
     ended = [runs.read_json(path) for path in sorted(notes.glob("ended-*.json"))]
     failed = [one for one in ended if one["code"] not in (runs.DONE, runs.SAVED)]
+    cancelled = (run.path / "cancel.json").exists()
     if failed:
-        if (hang := notes / "hang.json").exists():
-            return End("crash", runs.FAILED, _how_they_hang(runs.read_json(hang), failed))
         # Nodes' clocks differ: what says most goes first, and only then what was said first.
         first = min(failed, key=_says_most)
+        if cancelled and first["code"] == runs.FAILED:
+            return End("cancel", runs.FAILED, f"cancelled, and not saved: {first['reason']}")
+        if (hang := notes / "hang.json").exists():
+            return End("crash", runs.FAILED, _how_they_hang(runs.read_json(hang), failed))
         kept = first["code"] if first["code"] in (runs.WRONG, runs.FAILED_FOR_GOOD) else runs.FAILED
         return End("crash" if kept == runs.FAILED else "wrong", kept, first["reason"])
     if ended and all(one["code"] == runs.DONE for one in ended) and srun_code == 0:
         return End("done", runs.DONE, "done")
     if any(one["code"] == runs.SAVED for one in ended) and srun_code == 0:
-        if (run.path / "cancel.json").exists():
+        if cancelled:
             return End("cancel", runs.SAVED, "cancelled: stopped and saved")
         if _time_is_over(run, notes.name.partition("-")[0]):
             return End("time_limit", runs.SAVED, "the time limit is near: stopped and saved")
         return End("preemption", runs.SAVED, "preempted: stopped and saved")
-    return End("crash", runs.FAILED, f"a task ended without a word (srun: {srun_code})")
+    if cancelled:
+        return End("cancel", runs.FAILED, f"cancelled; a task ended without a word (srun: {srun_code})")
+    return End("crash", runs.FAILED, _with_last_words(run, f"a task ended without a word (srun: {srun_code})"))
+
+
+def _end_of_setup(run: runs.Run, code: int) -> End:
+    if (run.path / "cancel.json").exists():
+        return End("cancel", runs.FAILED, "cancelled before training began")
+    said = f"the profile's setup {'failed with' if code else 'left the script with'} exit code {code}"
+    return End("wrong", runs.WRONG, _with_last_words(run, said))
+
+
+def _with_last_words(run: runs.Run, what: str) -> str:
+    return "\n  ".join([": ".join([what, *words[:1]]), *words[1:]]) if (words := last_words(run)) else what
 
 
 def _says_most(one: dict[str, Any]) -> tuple[bool, bool, float]:
@@ -150,7 +174,7 @@ def close_last(run: runs.Run, job: str, restart: int) -> None:
     """
     for entry in unended(run):
         began = began_of(entry)
-        was = next((one for one in slurm.past(job) if one.end > began), None)
+        was = next((one for one in slurm.past([job]).get(job, []) if one.end > began), None)
         told = progress_of(run, entry["attempt"]).get("time", began)
         kind, code, reason = None, runs.FAILED, "ended from outside, without a word"
         if restart:
@@ -185,9 +209,9 @@ def sent_at(run: runs.Run) -> float | None:
 
 
 def main() -> int:
-    run, srun_code = runs.Run(Path(sys.argv[1])), int(sys.argv[2])
+    run, code, of_setup = runs.Run(Path(sys.argv[1])), int(sys.argv[2]), sys.argv[3:] == ["setup"]
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    return conclude(run, os.environ["SLURM_JOB_ID"], restart, srun_code)
+    return conclude(run, os.environ["SLURM_JOB_ID"], restart, code, of_setup)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from fleetune import runs
-from fleetune.attempts import unended
+from fleetune.attempts import last_step, unended
 from fleetune.cluster import slurm
+from fleetune.cluster.logs import last_words
 from fleetune.cluster.verdict import given_up
 from fleetune.ledger import ledger_of
 from fleetune.report import duration
@@ -21,7 +23,7 @@ WAITS = (
     (r"Resources", "the nodes it needs are at work", "Wait, or ask for fewer nodes."),
     (r"BeginTime", "Slurm holds it back for two minutes, as every requeued job", "Wait; it starts by itself."),
     (r"its start was moved up", "it was requeued and starts as soon as its nodes are free", "Wait."),
-    (r"DependencyNeverSatisfied", "the run it waits for has failed", "`scancel` it and submit it without --after."),
+    (r"DependencyNeverSatisfied", "the run it waits for has ended before it was done", "Cancel it, submit it again."),
     (r"Dependency", "it waits for another run (--after)", "Wait, or see why the other run is not done."),
     (r"QOS|Assoc", "a limit of your account or qos is reached", "Wait for your other jobs, or see `fleetune doctor`."),
     (r"PartitionTimeLimit", "`time` is beyond what the partition allows", "Cancel it and lower `time` in the profile."),
@@ -33,6 +35,15 @@ WAITS = (
 
 # What is said in a failed rank's error, or in the reason an attempt ended with.
 REMEDIES = (
+    (
+        r"the profile's setup",
+        "Mend the `setup` lines of the cluster's profile, and submit it again. A line that may fail ends with || true.",
+    ),
+    (
+        r"execve\(\)|srun: unrecognized option '--container|apptainer|FATAL: +Image",
+        "What starts the ranks is not there on the node: see `container` in the cluster's profile (pyxis and apptainer "
+        "are each a site's own), or make it available by a line of `setup`, as module load apptainer.",
+    ),
     (
         r"out of memory|can't allocate memory|OutOfMemory|std::bad_alloc",
         "Lower training.per_device_train_batch_size and set training.global_batch_size to what it is now (the numbers "
@@ -82,7 +93,8 @@ def why(run: runs.Run) -> list[str]:
     ends = [entry for entry in entries if entry["event"] == "end"]
     job = _job(run)
     happened, remedy = _now(run, job, ends)
-    paragraphs = [" ".join([happened, *_before(ends, over=job is None or not job.is_live)]), f"What to do: {remedy}"]
+    over, lost = job is None or not job.is_live, job.lost if job is not None else ""
+    paragraphs = [" ".join([happened, *_lost(run, lost), *_before(ends, over, lost)]), f"What to do: {remedy}"]
     ledger = ledger_of(run)
     if ledger.wall >= 1.0:
         spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in ledger.parts().items() if seconds >= 0.5)
@@ -104,17 +116,21 @@ def _job(run: runs.Run) -> slurm.Job | None:
         known = slurm.queue()
     except slurm.SlurmFailed:  # the run's own files say what they know
         return None
-    return known.get(id_) or (slurm.accounted(ids=[id_]) or {}).get(id_)
+    if id_ in known:
+        return replace(known[id_], lost=slurm.how_they_were_lost({run.path: known[id_]}).get(run.path, ""))
+    return (slurm.accounted(ids=[id_]) or {}).get(id_)
 
 
 def _now(run: runs.Run, job: slurm.Job | None, ends: list[dict[str, Any]]) -> tuple[str, str]:
     """Where the run stands, and what to do."""
-    step = runs.last_json(run.metrics, "step").get("step", 0)
-    at = f"at step {step} of {run.info().get('total_steps', 'a number it has not told')}"
+    at = f"at step {last_step(run)} of {run.info().get('total_steps', 'a number it has not told')}"
     open_ = unended(run)
     if job is not None and job.is_live:
         if job.state == "PENDING":
-            return _waits(job, at if ends or open_ else "not begun")
+            happened, remedy = _waits(job, at if ends or open_ else "not begun")
+            if ends and ends[-1].get("kind") == "crash" and (known := _known_remedy(ends[-1])) is not None:
+                remedy = f"{remedy} If it ends so again: {known}"
+            return happened, remedy
         place = f"on {job.nodes}" if job.nodes else "on its nodes"
         if job.state in ("RUNNING", "COMPLETING") and open_:
             return f"Job {job.id} is at work {place}: attempt {open_[-1]['attempt']}, {at}.", "nothing; it gets on."
@@ -129,14 +145,30 @@ def _now(run: runs.Run, job: slurm.Job | None, ends: list[dict[str, Any]]) -> tu
     if not ends:
         if (run.path / "job.json").exists():
             if job is not None and job.state.startswith("CANCELLED"):
-                return f"Job {job.id} was cancelled before it began.", "submit it again, if it is still wanted."
+                return _cancelled(run, job)
             how = "is not known to Slurm any more" if job is None else f"ended as {job.state}"
             return (
-                f"Its job {how}, and no attempt has begun. {_batch_log(run)}",
+                f"Its job {how}, and no attempt has begun. {_script_said(run)}",
                 "read that; `fleetune doctor --cluster PROFILE` looks for what is wrong; then submit it again.",
             )
         return "It has not begun.", "`fleetune run` or `fleetune submit` starts it."
+    is_cancelled = (run.path / "cancel.json").exists()
+    if is_cancelled and ends[-1].get("kind") not in (None, "done", "wrong", "cancel"):  # an end that another follows
+        waited = f"It was cancelled while it waited for its next attempt, {at}."
+        return waited, "the same command again goes on from the last checkpoint."
     return _ended(run, ends[-1], at)
+
+
+def _cancelled(run: runs.Run, job: slurm.Job) -> tuple[str, str]:
+    """Before it began: by a person, or by Slurm, which cancels what waits in vain."""
+    sent = runs.read_json(run.path / "job.json")
+    after = sent.get("after")
+    if not sent.get("waits_for") or (run.path / "cancel.json").exists():
+        return f"Job {job.id} was cancelled before it began.", "submit it again, if it is still wanted."
+    return (
+        f"Job {job.id} waited for {after}, and was cancelled: that run's job ended before the run was done.",
+        f"see `fleetune why {after}`; once that is in the queue again, or done, submit this one again.",
+    )
 
 
 def _waits(job: slurm.Job, at: str) -> tuple[str, str]:
@@ -173,31 +205,42 @@ def _ended(run: runs.Run, end: dict[str, Any], at: str) -> tuple[str, str]:
         said += f" It was {verdict.partition(':')[0]}."
     if where:
         said += f" {' '.join(where.split())}."
-    for pattern, remedy in REMEDIES:
-        if re.search(pattern, end["reason"], re.IGNORECASE):
-            return said, remedy
+    if (remedy := _known_remedy(end)) is not None:
+        return said, remedy
     if end["exit_code"] == AT_ONCE:
         return said, "the same command goes on from the last checkpoint, or begins again where there is none yet."
     return said, "mend what the message names (the rank's log says more); the same command goes on from there."
 
 
-def _before(ends: list[dict[str, Any]], over: bool) -> list[str]:
+def _known_remedy(end: dict[str, Any]) -> str | None:
+    return next((remedy for pattern, remedy in REMEDIES if re.search(pattern, end["reason"], re.IGNORECASE)), None)
+
+
+def _lost(run: runs.Run, how: str) -> list[str]:
+    """The start that Slurm ended and that the next attempt will end in the run's files."""
+    if not how:
+        return []
+    open_ = unended(run)
+    what = f"Attempt {open_[-1]['attempt']} on {', '.join(open_[-1]['nodes'])}" if open_ else "Its last start"
+    return [f"{what} was lost: {how}."]
+
+
+def _before(ends: list[dict[str, Any]], over: bool, lost: str = "") -> list[str]:
     """The attempts before this one, by what ended them."""
     before = ends[:-1] if over else ends
     plain = {runs.DONE: "done", runs.SAVED: "stop", AT_ONCE: "stop at once"}
     counts = Counter(end.get("kind") or plain.get(end["exit_code"], "failure") for end in before)
+    counts["failure"] += counts.pop("wrong", 0)
     if not before:
         return []
-    kinds = ", ".join(f"{count} by {kind.replace('_', ' ')}" for kind, count in counts.items())
+    kinds = ", ".join(f"{count} by {kind.replace('_', ' ')}" for kind, count in counts.items() if count)
     sentence = f"{len(before)} earlier attempt{'s' * (len(before) > 1)} ended: {kinds}."
-    if not over:
+    if not over and not lost:  # else it is not the last
         last = ends[-1]
         sentence += f" The last, {duration(last['seconds'] or 0)} long: {last['reason'].partition(chr(10))[0]}."
     return [sentence]
 
 
-def _batch_log(run: runs.Run) -> str:
-    """What the batch script said last."""
-    logs = sorted((run.path / "submitit").glob("*/*_log.*"), key=lambda path: path.stat().st_mtime)
-    said = [line for path in logs for line in path.read_text("utf-8", errors="replace").splitlines() if line.strip()]
-    return f"Its script said last: {said[-1].strip()}" if said else "Its script has said nothing."
+def _script_said(run: runs.Run) -> str:
+    words = last_words(run, most=1)
+    return f"Its script said last: {words[0]} ({words[1]})." if words else "Its script has said nothing."
