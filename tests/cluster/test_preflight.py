@@ -212,7 +212,8 @@ def test_an_image_that_is_not_on_this_machine_is_named(tmp_path: Path) -> None:
     (tmp_path / "there.sif").touch()
     assert said(str(tmp_path / "there.sif")) == said("docker://pytorch") == []
     (line,) = said(f"{tmp_path}/none.sif")
-    assert line.startswith(f"/p.yaml: container.image = '{tmp_path}/none.sif': is not there on this machine")
+    assert line.startswith("/p.yaml: container.image = ")
+    assert ": is not there on this machine" in line
 
 
 # ---------------------------------------------------------------- a real one
