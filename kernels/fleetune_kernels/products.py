@@ -18,7 +18,11 @@ def makes_its_own(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether `product` has no use for `out`: oneDNN returns a tensor of its own."""
     if a.dtype != torch.float32 or a.device.type != "cpu" or not _has_fast_onednn():
         return False
-    return len(a) * b.numel() >= LEAST and all(one.is_contiguous() or one.t().is_contiguous() for one in (a, b))
+    return (
+        len(a) > 1
+        and len(a) * b.numel() >= LEAST
+        and all(one.is_contiguous() or one.t().is_contiguous() for one in (a, b))
+    )
 
 
 def product(

@@ -144,7 +144,8 @@ def check(
         float | None, typer.Option(min=1.0, help="GB that a GPU has; this machine's when absent.", show_default=False)
     ] = None,
     cluster: Annotated[
-        Path | None, typer.Option(metavar="PROFILE", help="In place of this machine.", show_default=False)
+        Path | None,
+        typer.Option(metavar="PROFILE", help="A cluster profile: its nodes, ranks and GPUs.", show_default=False),
     ] = None,
 ) -> None:
     """Validate a recipe, show what it comes to, open its data. Nothing is started."""

@@ -131,7 +131,7 @@ def open_run(
     if fresh:
         recipe = recipe.model_copy(update={"name": free_name(recipe)})
     run = Run(Path(recipe.output_dir) / recipe.name)
-    recipe = _as_it_began(recipe, run)
+    recipe = as_it_began(recipe, run)
     text = dump_recipe(recipe)
     parse_recipe(text, str(run.recipe_file))  # as the ranks will: a name may have grown too long
     try:
@@ -155,7 +155,7 @@ def free_name(recipe: Recipe) -> str:
     return name
 
 
-def _as_it_began(recipe: Recipe, run: Run) -> Recipe:
+def as_it_began(recipe: Recipe, run: Run) -> Recipe:
     """In the precision that the machines turned out to have on which the run began."""
     if (run.path / "run.json").exists() and run.info().get("fp32_for_bf16"):
         return recipe.model_copy(update={"training": recipe.training.model_copy(update={"bf16": False})})
@@ -216,7 +216,7 @@ def refuse_another_recipe(run: Run, recipe: Recipe, layout: dict[str, int], data
     if run.path.stat().st_uid != os.getuid():
         raise RecipeError(f"{run.path}: belongs to another user; what stands in it is not opened")
     changed = (
-        differences(run.recipe(), _as_it_began(recipe, run)) if run.recipe_file.exists() else []
+        differences(run.recipe(), as_it_began(recipe, run)) if run.recipe_file.exists() else []
     )  # killed before it was written
     if changed:
         raise RecipeError(

@@ -107,6 +107,7 @@ FAULTS = {
     "two shells in one line": ({"setup": ["module load a\nrm x"]}, "setup.0 = 'module load a\\nrm x': has a line br"),
     "another container": ({"container": {"kind": "docker", "image": "x"}}, "container.kind = 'docker': legal values"),
     "more ranks than GPUs": ({"gpus_per_node": 4, "ranks_per_node": 8}, "ranks_per_node = 8: a rank needs a GPU"),
+    "memory of no GPU": ({"gpu_memory": 80}, "gpu_memory = 80.0: is of GPUs, and gpus_per_node is 0"),
     "no failures at all": ({"failures_per_node_day": 0.0}, "failures_per_node_day = 0.0: should be greater than 0"),
     "no time to train": ({"time": "3m"}, "time = '3m': leaves no time to train before the 120 s"),
 }

@@ -192,6 +192,15 @@ def test_what_has_changed_since_a_job_was_sent_is_said_when_it_is_attached_to(
         assert "#SBATCH" not in done.stdout
 
 
+def test_the_nodes_own_choice_of_fp32_is_no_change(send: Callable[..., Result], tmp_path: Path) -> None:
+    run, bf16 = runs.Run(tmp_path / "runs" / "one"), ("training.bf16=true",)
+    send("one", recipe=bf16, **HELD)
+    text = run.recipe_file.read_text(encoding="utf-8")  # as the first rank does on a CPU without bf16
+    runs.write_text(run.recipe_file, text.replace("bf16: true", "bf16: false"))
+    runs.write_json(run.path / "run.json", run.info() | {"fp32_for_bf16": True})
+    assert send("one", recipe=bf16, **HELD).stderr == ""
+
+
 def test_a_run_that_is_finished_goes_on_where_it_is_longer_now(
     cluster: DevCluster, send: Callable[..., Result], tmp_path: Path
 ) -> None:

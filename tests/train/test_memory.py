@@ -134,6 +134,22 @@ def test_only_what_is_possible_is_advised(folder: Path) -> None:
     assert everything
     assert everything[-1].startswith("deepspeed.offload_")
     assert "training.sequence_parallel_size=4" not in everything  # of 2 ranks
+    for stage in (0, 2):  # offloading needs a stage that comes before it among the changes
+        begun = heavy.model_copy(update={"deepspeed": heavy.deepspeed.model_copy(update={"zero_stage": stage})})
+        changes = report(begun, 2, 0.5 * height)["change"]
+        assert changes[0] == "deepspeed.zero_stage=3"
+        assert changes[-1].startswith("deepspeed.offload_")
+
+
+def test_slices_are_not_advised_to_a_model_whose_attention_cannot_share_heads(folder: Path) -> None:
+    values = {"per_device_train_batch_size": 1, "global_batch_size": 2}
+    deepspeed = {"zero_stage": 3}
+    for attention, offered in (("sdpa", True), ("eager", False)):
+        model = {"gradient_checkpointing": True, "mlp_tiles": 1, "attn_implementation": attention}
+        heavy = recipe(folder, training=values, deepspeed=deepspeed, model=model)
+        height = report(heavy, 2, 1e-6)["height"] / 1e9
+        changes = report(heavy, 2, 0.97 * height)["change"]
+        assert ("training.sequence_parallel_size=2" in changes) is offered
 
 
 def test_the_mask_of_packs_is_counted_in_each_layer(folder: Path) -> None:

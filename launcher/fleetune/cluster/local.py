@@ -130,9 +130,8 @@ def rank_environment() -> dict[str, str]:
 
 
 def prepare(recipe: Recipe, stop: Stop | None = None, elsewhere: bool = False) -> dict[str, Any]:
-    """Checks the recipe against model, data and machine and fills the token cache, in a process of its own.
-
-    `elsewhere`: not against this machine, on which it will not run.
+    """Checks the recipe against model, data and machine (unless it runs `elsewhere`) and fills the token cache, in a
+    process of its own.
 
     Raises:
         RecipeError: something does not fit.

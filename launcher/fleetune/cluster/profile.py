@@ -258,6 +258,8 @@ def load_profile(file: Path) -> Profile:
             f"{file}: ranks_per_node = {profile.ranks}: a rank needs a GPU of its own and a node has "
             f"{profile.gpus_per_node}"
         )
+    if profile.gpu_memory and not profile.gpus_per_node:
+        raise RecipeError(f"{file}: gpu_memory = {profile.gpu_memory}: is of GPUs, and gpus_per_node is 0")
     if minutes_of(profile.time) * 60 <= 2 * profile.stop_seconds:
         raise RecipeError(
             f"{file}: time = {profile.time!r}: leaves no time to train before the {profile.stop_seconds} s "

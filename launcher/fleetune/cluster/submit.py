@@ -140,7 +140,7 @@ def standing(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sen
 
 def _changed(run: runs.Run, recipe: Recipe, profile: Profile, after: Path | None) -> Iterator[str]:
     """The keys of recipe and profile that are others than when the run's job was sent."""
-    for line in runs.differences(run.recipe(), recipe, ("output_dir",)):
+    for line in runs.differences(run.recipe(), runs.as_it_began(recipe, run), ("output_dir",)):
         yield line.partition(":")[0]
     job, now = runs.read_json(run.path / "job.json"), profile.model_dump(mode="json")
     before = job.get("profile", now)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -83,10 +84,7 @@ def _write(recipe: Recipe, path: Path, beside: Path, dtype: str | None) -> dict[
     if is_adapter(path):
         card = (beside / "README.md").read_text(encoding="utf-8")
         card = card.replace("library_name: peft", "library_name: transformers", 1)
-        kind = "" if recipe.model.lora is None else recipe.model.lora.kind
-        card = card.replace(
-            f"{kind} adapter, fine-tuned from", f"model, with a {kind} adapter merged, fine-tuned from", 1
-        )
+        card = re.sub(r"(Q?LoRA adapter), fine-tuned from", r"model, with a \1 merged, fine-tuned from", card, count=1)
         (beside / "README.md").write_text(card, encoding="utf-8")
     del model
     written = load_trained(whole, beside, trust=trust)

@@ -220,9 +220,9 @@ def forward_backward(
             replay.restore()
             compute = functools.partial(weighted, terms, done, taught, micro, replay, counts)
             values = setup.forward({**micro.inputs, **more}, compute)
-            sums += values.detach()
+            sums += values[:-1].detach()
         with meter.part("backward"):
-            setup.engine.backward(values.sum() * world.world_size, scale_wrt_gas=False)
+            setup.engine.backward(values[-1] * world.world_size, scale_wrt_gas=False)
     losses = dict(zip((term.name for term in terms), distributed.sum_over_ranks(sums).tolist(), strict=True))
     for name, value in losses.items():
         if not math.isfinite(value):

@@ -24,9 +24,10 @@ from fleetune.combinations import combinations
 from fleetune.losses import OF_DOMAINS
 from fleetune.recipe import parse_recipe
 from fleetune.schema import Recipe, target_splits, teachers_of
-from fleetune.train.model import check_heads
+from fleetune.train.model import auto_model, check_heads
 from fleetune.train.quantization import is_quantized, quantized_bytes, quantized_weights
 from fleetune.train.report import print_report
+from fleetune.train.sequence_parallel import check_attention
 
 CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 2**29}  # of logits that a fused head holds at once (fleetune_kernels.head)
 LOGITS = 5  # tensors of the logits' size, in fp32, that the plain loss holds at once: they, their softmax, gradients
@@ -146,7 +147,7 @@ def _checkpoint_bytes(recipe: Recipe, model: Model) -> int:
 def measure(recipe: Recipe, longest: int, ranks: int, label_names: list[str], config: Any) -> Model:
     """`longest`: tokens of the longest row. Raises ValueError as the model's changes do."""
     from fleetune.train.lora import add_lora
-    from fleetune.train.model import auto_model, load
+    from fleetune.train.model import load
     from fleetune.train.surgery import freeze, operate
     from fleetune.train.tiled_mlp import tiles_of
 
@@ -200,7 +201,6 @@ def _kept_bytes(recipe: Recipe, config: Any, layers: int, rows: int, tokens: int
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from fleetune.train.lora import add_lora
-    from fleetune.train.model import auto_model
     from fleetune.train.tiled_mlp import tile_mlps, tiles_of
 
     short = copy.deepcopy(config)
@@ -277,14 +277,16 @@ def lighter(recipe: Recipe, possible: Callable[[Recipe], bool]) -> Iterator[tupl
             continue
         if is_quantized(recipe) and (key, value) in (("zero_stage", 3), ("offload_param", "cpu")):
             continue
-        if key == "mlp_tiles" and here is not None:
+        if (key == "mlp_tiles" and here is not None) or (key == "sequence_parallel_size" and value % here):
+            continue
+        more = together | _change(_changed(recipe, together), section, key, value)
+        if not possible(_changed(recipe, more)):
             continue
         alone = _change(recipe, section, key, value)
-        if not possible(_changed(recipe, alone)):
-            continue
-        if together and key not in ("offload_optimizer", "offload_param"):
+        is_cheap = together and key not in ("offload_optimizer", "offload_param")
+        if is_cheap and possible(_changed(recipe, alone)):
             yield _named(alone), _changed(recipe, alone)
-        together |= _change(_changed(recipe, together), section, key, value)
+        together = more
         yield _named(together), _changed(recipe, together)
 
 
@@ -337,6 +339,8 @@ def _cheapest(
     recipe: Recipe, longest: int, ranks: int, label_names: list[str], config: Any, limit: float
 ) -> tuple[list[str], int]:
     """What is to be changed, and the height then; nothing, where nothing helps."""
+    with torch.device("meta"):
+        attention = auto_model(recipe).from_config(config).config._attn_implementation
 
     def height_of(changed: Recipe) -> int:
         return estimate(changed, measure(changed, longest, ranks, label_names, config), ranks, "cuda").height
@@ -345,7 +349,9 @@ def _cheapest(
         if next(combinations(changed), None) is not None:
             return False
         try:
-            check_heads(config, changed.training.sequence_parallel_size)
+            size = changed.training.sequence_parallel_size
+            check_heads(config, size)
+            check_attention(attention, size)
             height_of(changed)
         except ValueError:  # the batch does not divide so, or the model has no such layers
             return False

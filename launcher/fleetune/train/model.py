@@ -146,13 +146,24 @@ def load(kind: Any, model: Model | Teacher, key: str = "model", **keywords: Any)
         from huggingface_hub import constants
 
         reason = " ".join(str(error).split())
-        if constants.HF_HUB_OFFLINE and isinstance(error, OSError) and not Path(model.model_name_or_path).exists():
+        if constants.HF_HUB_OFFLINE and not _is_at_hand(model.model_name_or_path):
             reason = (
                 "there is no such folder, nor such a model in the hub's cache, and HF_HUB_OFFLINE forbids to ask it"
             )
         raise ModelError(
             f"{key}.model_name_or_path = {model.model_name_or_path!r}: cannot be loaded: {reason}"
         ) from error
+
+
+def _is_at_hand(name: str) -> bool:
+    """Whether there is a folder of that name, or something of such a model in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
 
 
 def _labels_of_other_head(recipe: Recipe, config: Any) -> int | None:

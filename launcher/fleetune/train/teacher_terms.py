@@ -77,8 +77,8 @@ def _distilled_with_labels(
     batch: MicroBatch,
     num_items: tuple[torch.Tensor, torch.Tensor],
     weights: tuple[float, float],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both terms in one walk over the student's head: their weighted sum, and the cross-entropy, detached."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Both terms in one walk over the student's head: their weighted sum, and each one's value, detached."""
     assert student.head is not None
     more: dict[str, Any] = {
         "labels": batch.labels,
@@ -87,7 +87,7 @@ def _distilled_with_labels(
         **dict(zip(("kd_weight", "ce_weight"), weights, strict=True)),
     }
     found = _distilled(targets, kernels, student.head, teachers, batch, more)
-    return found.loss, found.ce
+    return found.loss, found.kd, found.ce
 
 
 def _distilled(

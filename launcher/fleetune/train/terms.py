@@ -63,8 +63,8 @@ class Pair:
     other: str  # the term of the cross-entropy
     forward: Callable[
         [Outputs, list[Outputs], MicroBatch, tuple[torch.Tensor, torch.Tensor], tuple[float, float]],
-        tuple[torch.Tensor, torch.Tensor],
-    ]  # as a term's, but with num_items and weights of both -> their weighted sum; the other's value, detached
+        tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ]  # as a term's, but with num_items and weights of both -> their weighted sum; each one's value, detached
 
 
 @dataclass(frozen=True)

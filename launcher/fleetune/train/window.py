@@ -81,26 +81,29 @@ def weighted(
     counts: Sequence[torch.Tensor] | torch.Tensor,
     outputs: Outputs,
 ) -> torch.Tensor:
-    """(terms,): each one's loss times its weight when this share of training is done.
-
-    Of a pair the first has the gradient of both, and the other its value alone.
-    """
+    """(terms + 1,): each one's loss times its weight when this share of training is done; and their sum, which alone
+    has the gradient."""
     names = [term.name for term in terms]
     weights = [1.0 if term.reversal is not None else term.weight_at(done) for term in terms]
     values: dict[str, torch.Tensor] = {}
+    summed: list[torch.Tensor] = []
     for i, term in enumerate(terms):
         if term.pair is not None:
             other = names.index(term.pair.other)
             both = (counts[i], counts[other]), (weights[i], weights[other])
-            together, value = term.pair.forward(outputs, taught, micro, *both)
-            values[names[other]] = weights[other] * value
-            values[term.name] = together - values[names[other]]
+            together, own, others = term.pair.forward(outputs, taught, micro, *both)
+            values[term.name], values[names[other]] = weights[i] * own, weights[other] * others
+            summed.append(together)
     for i, term in enumerate(terms):
         if replay.cached is not None and term.name in replay.cached:
-            values[term.name] = weights[i] * replayed(term, replay.cached[term.name], outputs, micro, counts[i])
+            value = replayed(term, replay.cached[term.name], outputs, micro, counts[i])
         elif term.name not in values:
-            values[term.name] = weights[i] * term.forward(outputs, taught, micro, counts[i])
-    return torch.stack([values[name] for name in names])
+            value = term.forward(outputs, taught, micro, counts[i])
+        else:
+            continue
+        values[term.name] = weights[i] * value
+        summed.append(values[term.name])
+    return torch.stack([*(values[name].detach() for name in names), torch.stack(summed).sum()])
 
 
 def replayed(term: Term, cached: Cached, student: Outputs, batch: MicroBatch, num_items: torch.Tensor) -> torch.Tensor:
