@@ -130,8 +130,7 @@ def rank_environment() -> dict[str, str]:
 
 
 def prepare(recipe: Recipe, stop: Stop | None = None, elsewhere: bool = False) -> dict[str, Any]:
-    """Checks the recipe against model, data and machine (unless it runs `elsewhere`) and fills the token cache, in a
-    process of its own.
+    """Checks the recipe against model, data and (not `elsewhere`) machine and fills the token cache, by a program.
 
     Raises:
         RecipeError: something does not fit.
