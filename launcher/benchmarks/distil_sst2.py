@@ -49,7 +49,9 @@ def table(runs: Path, latency: bool) -> None:
     """Mean and spread of each arm, and what the distilled students win over the student alone."""
     mean: dict[str, float] = {}
     spread: dict[str, float] = {}
-    print("| model | n | validation accuracy | test accuracy | parameters | train seconds |\n|---|---|---|---|---|---|")
+    print(
+        "| model | n | validation accuracy | test accuracy | parameters | seconds, least |\n|---|---|---|---|---|---|"
+    )
     for arm in ARMS:
         results = [found for seed in SEEDS if (found := record.read(f"distil_sst2/{arm}-{seed}"))]
         if not results:
@@ -61,7 +63,7 @@ def table(runs: Path, latency: bool) -> None:
             cells.append(f"{statistics.mean(values):.4f} ± {sd:.4f}")
             if split == "validation":
                 mean[arm], spread[arm] = statistics.mean(values), sd
-        seconds = statistics.mean(result["train_seconds"] for result in results)
+        seconds = min(result["train_seconds"] for result in results)  # other work is in some of them
         millions = results[0]["parameters"] / 1e6
         print(f"| {arm} | {len(results)} | {cells[0]} | {cells[1]} | {millions:.1f}M | {seconds:.0f} |")
     for arm in ("distil-logits", "distil-layers"):
