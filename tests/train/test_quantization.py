@@ -95,7 +95,7 @@ def test_the_bytes_are_those_that_are_held_and_the_estimate_has_them(tmp_path: P
     light, whole = (memory.estimate(wanted, one, 1, "cpu") for one in (measured, replace(measured, quantized=())))
     saved = sum(4 * count - quantized_bytes(count) for count in measured.quantized)
     assert whole.weights - light.weights == saved > whole.weights / 2
-    advised = [name for names, _ in memory.lighter(wanted) for name in names]
+    advised = [name for names, _ in memory.lighter(wanted, lambda changed: True) for name in names]
     assert "deepspeed.offload_optimizer=cpu" in advised
     assert not {"deepspeed.zero_stage=3", "deepspeed.offload_param=cpu"} & set(advised)
 
