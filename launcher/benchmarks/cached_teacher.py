@@ -45,19 +45,20 @@ def fleetune(*arguments: str) -> str:
     return done.stdout
 
 
-def teach(folder: Path, name: str) -> Path:
-    out = folder / name.partition(",")[0].replace(" ", "-")
+def teach(folder: Path, name: str, seed: int) -> Path:
+    """The seed chooses the rows that are held out, so that each has a teacher of its own."""
+    out = folder / f"{name.partition(',')[0].replace(' ', '-')}-{seed}"
     if not out.exists():
-        fleetune("teach", RECIPE, *STORED[name][0], "--out", str(out))
+        fleetune("teach", RECIPE, *STORED[name][0], "--out", str(out), f"training.seed={seed}")
     return out
 
 
-def overrides(folder: Path, name: str) -> list[str]:
+def overrides(folder: Path, name: str, seed: int = 0) -> list[str]:
     if name == "living":
         return []
     if name == "no teacher":
         return ["teacher=null", "losses=[{kind: cross_entropy}]"]
-    cache = teach(folder, name)
+    cache = teach(folder, name, seed)
     return ["teacher.model_name_or_path=null", f"teacher.cache={cache}", f"teacher.tail={STORED[name][1]}"]
 
 
@@ -98,7 +99,9 @@ def bytes_a_token(folder: Path) -> float:
 def train(folder: Path, name: str, seed: int, steps: int) -> dict[str, float]:
     place = f"run-{name.replace(' ', '-').replace(',', '')}-{seed}"
     settings = [f"training.max_steps={steps}", f"training.seed={seed}", f"name={place}", f"output_dir={folder}"]
-    fleetune("run", RECIPE, *settings, "deepspeed.zero_stage=0", "--nproc-per-node", "1", *overrides(folder, name))
+    fleetune(
+        "run", RECIPE, *settings, "deepspeed.zero_stage=0", "--nproc-per-node", "1", *overrides(folder, name, seed)
+    )
     report = json.loads((folder / place / "eval.json").read_text(encoding="utf-8"))
     return {"perplexity": report["validation"]["perplexity"], "seconds": report["train_seconds"]}
 
@@ -121,7 +124,7 @@ def main() -> None:
                 truth = truth or gradient(folder, "living")
                 found, losses = gradient(folder, kind)
                 figures["stored"][kind] = {
-                    "bytes_a_token": bytes_a_token(teach(folder, kind)),
+                    "bytes_a_token": bytes_a_token(teach(folder, kind, 0)),
                     "gradient": difference(truth[0], found).whole,
                     "loss": losses["distillation"] / truth[1]["distillation"] - 1,
                 }
