@@ -69,7 +69,8 @@ def run(
             fail("stopped at once", 130)
     typer.echo("")
     _print_comparison(folders)
-    typer.echo(f"model     {folders[0] / 'model'}")
+    model = folders[0] / "model"
+    typer.echo(f"model     {model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model}")
 
 
 def _show_data(recipe: Recipe, layout: Layout, report: dict[str, Any]) -> None:
