@@ -46,10 +46,13 @@ def test_a_job_whose_node_was_lost_before_any_task_came_up_says_so_and_is_moved_
         told = " ".join(CliRunner().invoke(app, ["why", str(path)]).stdout.split())
         assert "Slurm holds it back for two minutes, as every requeued job (BeginTime). Its last start was lost" in told
         monkeypatch.setattr(slurm, "ENDING_SECONDS", -60.0)  # it was the batch script's node that was lost
+        said, command = [], slurm.command
+        monkeypatch.setattr(slurm, "command", lambda *words: said.append(words[:2]) or command(*words))
         found = slurm.jobs_of([path])[path]
     finally:
         cluster("heal", "node1")
     assert (found.reason, found.lost) == ("its start was moved up", "a node failed")
+    assert [name for name, *_ in said] == ["squeue", "sacct", "scontrol"]  # two questions, and what it was told to do
 
 
 @pytest.mark.parametrize(
@@ -59,21 +62,22 @@ def test_a_job_whose_node_was_lost_before_any_task_came_up_says_so_and_is_moved_
         (True, "PREEMPTED", "it was preempted"),
         (True, None, "it was ended from outside"),  # there is no accounting
         (False, "NODE_FAIL", "a node failed"),
-        (False, "REQUEUED", None),  # by its own batch script, which has ended the attempt
-        (False, None, None),
+        (False, "REQUEUED", ""),  # by its own batch script, which has ended the attempt
+        (False, None, ""),
     ],
 )
 def test_how_a_start_was_lost_is_told_where_the_attempts_do_not_say_it_yet(
-    open_: bool, state: str | None, lost: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    open_: bool, state: str | None, lost: str, tmp_path: Path
 ) -> None:
     run = runs.Run(tmp_path)
     start_attempt(run, ["node1"])
     if not open_:
         end_attempt(run, 1, runs.SAVED, "preempted: stopped and saved", "preemption")
-    monkeypatch.setattr(slurm, "past", lambda ids: {} if state is None else {"7": [slurm.Past(state, 1.0)]})
+    starts = [] if state is None else [slurm.Job("7", state, "", "node1", "x", ended=1.0)]
+    starts.append(slurm.Job("7", "PENDING", "", "", "x"))
     waits = slurm.Job("7", "PENDING", "Resources", "", "x")
-    assert slurm.how_they_were_lost({tmp_path: waits}).get(tmp_path) == lost
-    assert slurm.how_they_were_lost({tmp_path: slurm.Job("7", "RUNNING", "None", "node1", "x")}) == {}
+    assert slurm._how_it_was_lost(tmp_path, waits, starts) == lost
+    assert slurm._how_it_was_lost(tmp_path, slurm.Job("7", "RUNNING", "None", "node1", "x"), starts) == ""
 
 
 def test_a_person_who_chose_when_a_job_begins_is_left_alone(

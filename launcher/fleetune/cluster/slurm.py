@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import getpass
+import math
 import os
 import re
 import shutil
@@ -41,6 +42,7 @@ class Job:
     nodes: str
     name: str
     begins: float | None = None  # seconds since the epoch; of one that waits, where Slurm says so
+    ended: float | None = None  # likewise; of a start that has
     lost: str = ""  # how Slurm ended the last start of one that waits, where the run's own files do not say it yet
 
     @property
@@ -59,27 +61,52 @@ def job_of(path: Path) -> str:
 
 
 def jobs_of(paths: Iterable[Path]) -> dict[Path, Job]:
-    """Each run's job that Slurm still knows, by at most three queries; runs without a job are left out.
+    """Each run's job that Slurm still knows, by at most two queries; runs without a job are left out.
 
     A requeued job is held for two minutes, from the moment that its last attempt has left the nodes, so that the
     attempt itself cannot change it: who looks moves its start up, where this user may.
     """
+    found = look(paths)
+    for path, job in found.items():
+        if _may_be_held_back(job) and _has_run(path, job) and start_now(job.id):
+            found[path] = replace(job, reason="its start was moved up")
+    return found
+
+
+def look(paths: Iterable[Path]) -> dict[Path, Job]:
+    """As `jobs_of`, and nothing is changed. Raises SlurmFailed where Slurm does not answer."""
     ids = {}
     for path in paths:
         with contextlib.suppress(RecipeError):
             ids[path] = job_of(path)
     if not ids or shutil.which("squeue") is None:
         return {}
-    known = queue()
-    if missing := {id_ for id_ in ids.values() if id_ not in known}:
-        known |= accounted(ids=missing) or {}
-    found = {path: known[id_] for path, id_ in ids.items() if id_ in known}
-    for path, how in how_they_were_lost(found).items():
-        found[path] = replace(found[path], lost=how)
-    for path, job in found.items():
-        if _may_be_held_back(job) and _has_run(path, job.id) and start_now(job.id):
-            found[path] = replace(job, reason="its start was moved up")
+    queued = queue()
+    asked = [id_ for path, id_ in ids.items() if id_ not in queued or _may_have_run(path, queued[id_])]
+    starts = (accounted(ids=asked) or {}) if asked else {}
+    found = {}
+    for path, id_ in ids.items():
+        earlier = starts.get(id_, [])
+        if id_ in queued:
+            found[path] = replace(queued[id_], lost=_how_it_was_lost(path, queued[id_], earlier))
+        elif earlier:
+            found[path] = earlier[-1]
     return found
+
+
+def _may_have_run(path: Path, job: Job) -> bool:
+    return job.state == "PENDING" and (job.reason == "BeginTime" or runs.Run(path).attempts.exists())
+
+
+def _how_it_was_lost(path: Path, job: Job, starts: list[Job]) -> str:
+    """How Slurm ended the last start of a job that waits for another, where the run's own files do not say it yet."""
+    if not _may_have_run(path, job):
+        return ""
+    state = next((start.state for start in reversed(starts) if start.ended is not None), "")
+    told = {"NODE_FAIL": "a node failed", "PREEMPTED": "it was preempted", "REQUEUED": "it was requeued"}
+    if unended(runs.Run(path)):
+        return told.get(state, "it was ended from outside")
+    return told[state] if state == "NODE_FAIL" else ""  # of the others the attempt's own end is told
 
 
 def _may_be_held_back(job: Job) -> bool:
@@ -93,33 +120,9 @@ def _may_be_held_back(job: Job) -> bool:
     return job.begins - time.time() < HELD_SECONDS - ENDING_SECONDS
 
 
-def _has_run(path: Path, id_: str) -> bool:
-    """Else it was a person who chose when it begins. Slurm is asked where no task of it came up."""
-    if any((path / "slurm").glob(f"{id_}-*")):
-        return True
-    with contextlib.suppress(SlurmFailed):
-        return re.search(r"\bRestarts=[1-9]", command("scontrol", "--oneliner", "show", "job", id_)) is not None
-    return False
-
-
-def how_they_were_lost(jobs: dict[Path, Job]) -> dict[Path, str]:
-    """How Slurm ended the last start of those that wait for another, where the run's own files do not say it yet.
-
-    By one query at most.
-    """
-    waiting = {path: job for path, job in jobs.items() if job.state == "PENDING"}
-    is_open = {path: bool(unended(runs.Run(path))) for path in waiting}
-    ids = [job.id for path, job in waiting.items() if job.reason == "BeginTime" or runs.Run(path).attempts.exists()]
-    starts = past(ids) if ids else {}
-    told = {"NODE_FAIL": "a node failed", "PREEMPTED": "it was preempted", "REQUEUED": "it was requeued"}
-    found = {}
-    for path, job in waiting.items():
-        state = starts[job.id][-1].state if job.id in starts else ""
-        if is_open[path]:
-            found[path] = told.get(state, "it was ended from outside")
-        elif state == "NODE_FAIL":  # of the others the attempt's own end is told
-            found[path] = told[state]
-    return found
+def _has_run(path: Path, job: Job) -> bool:
+    """Else it was a person who chose when it begins. A start may be lost before any task of it came up."""
+    return bool(job.lost) or any((path / "slurm").glob(f"{job.id}-*"))
 
 
 def require() -> None:
@@ -159,40 +162,21 @@ def queue(user: str | None = None) -> dict[str, Job]:
     return jobs
 
 
-def accounted(ids: Iterable[str] = (), names: Iterable[str] = ()) -> dict[str, Job] | None:
-    """Jobs as the accounting has them, the latest state of each; one query. None where there is no accounting."""
+def accounted(ids: Iterable[str] = (), names: Iterable[str] = ()) -> dict[str, list[Job]] | None:
+    """Every start of jobs as the accounting has it, the latest last; one query. None where there is no accounting."""
     by = [f"--jobs={','.join(ids)}"] if (ids := list(ids)) else []
     by += [f"--name={','.join(names)}"] if (names := list(names)) else []
-    words = ("sacct", "--noheader", "--parsable2", "--allocations", "--starttime=now-30days", *by)
+    words = ("sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", "--starttime=now-30days", *by)
     try:
-        lines = command(*words, "--format=JobIDRaw,State,NodeList,JobName")
+        lines = command(*words, "--format=JobIDRaw,State,NodeList,End,JobName")
     except SlurmFailed:
         return None
-    jobs = {}
+    jobs: dict[str, list[Job]] = {}
     for line in lines.splitlines():
-        id_, state, nodes, name = line.split("|", 3)
-        jobs[id_] = Job(id_, state.split()[0], "", nodes, name)  # CANCELLED by 1000
-    return jobs
-
-
-@dataclass(frozen=True)
-class Past:
-    """One of a job's earlier starts, as the accounting has it."""
-
-    state: str  # NODE_FAIL, PREEMPTED, REQUEUED, ...
-    end: float  # seconds since the epoch
-
-
-def past(ids: Iterable[str]) -> dict[str, list[Past]]:
-    """The starts of jobs that have ended, oldest first; by one query. None where there is no accounting."""
-    words = ("sacct", "--noheader", "--parsable2", "--duplicates", "--allocations", f"--jobs={','.join(ids)}")
-    found: dict[str, list[Past]] = {}
-    with contextlib.suppress(SlurmFailed):
-        for line in command(*words, "--format=JobIDRaw,State,End").splitlines():
-            id_, state, end = line.split("|")
-            if (ended := _epoch(end)) is not None:  # else it is still at work
-                found.setdefault(id_, []).append(Past(state.split()[0], ended))
-    return {id_: sorted(starts, key=lambda one: one.end) for id_, starts in found.items()}
+        id_, state, nodes, end, name = line.split("|", 4)
+        state = state.split()[0]  # CANCELLED by 1000
+        jobs.setdefault(id_, []).append(Job(id_, state, "", nodes, name, ended=_epoch(end)))
+    return {id_: sorted(starts, key=lambda one: one.ended or math.inf) for id_, starts in jobs.items()}
 
 
 def _epoch(time: str) -> float | None:

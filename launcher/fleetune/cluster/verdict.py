@@ -174,12 +174,13 @@ def close_last(run: runs.Run, job: str, restart: int) -> None:
     """
     for entry in unended(run):
         began = began_of(entry)
-        was = next((one for one in slurm.past([job]).get(job, []) if one.end > began), None)
+        starts = (slurm.accounted(ids=[job]) or {}).get(job, [])
+        state, ended = next(((one.state, one.ended) for one in starts if (one.ended or 0.0) > began), ("", None))
         told = progress_of(run, entry["attempt"]).get("time", began)
         kind, code, reason = None, runs.FAILED, "ended from outside, without a word"
         if restart:
-            kind, code, reason = _why_requeued(run, entry["attempt"], "" if was is None else was.state)
-        end_attempt(run, entry["attempt"], code, reason, kind, at=max(told, was.end if was is not None else told))
+            kind, code, reason = _why_requeued(run, entry["attempt"], state)
+        end_attempt(run, entry["attempt"], code, reason, kind, at=max(told, ended or told))
     if restart and (verdict := given_up(run)) is not None:
         raise RecipeError(verdict)
 

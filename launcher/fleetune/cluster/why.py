@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-import shutil
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 from fleetune import runs
@@ -106,19 +105,9 @@ def why(run: runs.Run) -> list[str]:
 
 def _job(run: runs.Run) -> slurm.Job | None:
     """The run's job as Slurm knows it now; None where it knows none."""
-    if not (run.path / "job.json").exists() or shutil.which("squeue") is None:
-        return None
-    try:
-        id_ = slurm.job_of(run.path)
-    except RecipeError:  # its sending was killed; `submit` finds out whether it was sent
-        return None
-    try:
-        known = slurm.queue()
-    except slurm.SlurmFailed:  # the run's own files say what they know
-        return None
-    if id_ in known:
-        return replace(known[id_], lost=slurm.how_they_were_lost({run.path: known[id_]}).get(run.path, ""))
-    return (slurm.accounted(ids=[id_]) or {}).get(id_)
+    with contextlib.suppress(slurm.SlurmFailed):  # the run's own files say what they know
+        return slurm.look([run.path]).get(run.path)
+    return None
 
 
 def _now(run: runs.Run, job: slurm.Job | None, ends: list[dict[str, Any]]) -> tuple[str, str]:
