@@ -278,7 +278,7 @@ def compare_cuts(
         place = Layout(1, batch.world_size, max(1, layout.threads * layout.world_size // batch.world_size))
         run = runs.open_run(cut_recipe, place.stored())
         file = run.path / "gradient.safetensors"
-        code, reason = run_program(run, place, ["fleetune.train.gradient", str(run.path), str(file)])
+        code, reason = run_program(place, ["fleetune.train.gradient", str(run.path), str(file)], run.logs(1))
         if code != runs.DONE:
             raise RuntimeError(reason)
         gradient = load_file(file)

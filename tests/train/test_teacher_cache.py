@@ -14,20 +14,29 @@ import numpy as np
 import pytest
 import torch
 from ranks import make_run, train_together
+from taught import teach_on_two_ranks
 from tiny import recipe_values, write_model, write_rows
 
 from fleetune.batch import Batch
 from fleetune.schema import Recipe, RecipeError, teachers_of
-from fleetune.train import teacher_cache
+from fleetune.train import teach as teach_module
 from fleetune.train.batches import collate
 from fleetune.train.data import prepare
+from fleetune.train.distributed import World
 from fleetune.train.model import load_tokenizer
 from fleetune.train.prepare import prepare_recipe
+from fleetune.train.teach import begin, write
 from fleetune.train.teacher import load_teachers
-from fleetune.train.teacher_cache import open_cache, teach
+from fleetune.train.teacher_cache import CachedTeacher, open_cache
 from fleetune.verify import exact_metrics
 
 ROWS, PART = 37, 16
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def teach(recipe: Recipe, folder: Path) -> None:
+    begin(recipe, folder, 1)
+    write(recipe, folder, ALONE)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +63,7 @@ def recipe(folder: Path, name: str = "tiny", teacher: dict[str, Any] | None = No
 @pytest.fixture(scope="module")
 def cache(folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher_cache, "PART", PART)
+        patch.setattr(teach_module, "PART", PART)
         teach(recipe(folder), folder / "taught")
     return folder / "taught"
 
@@ -68,7 +77,7 @@ def test_it_holds_the_teachers_logits_of_every_row(folder: Path, cache: Path) ->
         "part-00000.parquet", "part-00001.parquet", "part-00002.parquet", "teacher.json",
     ]  # fmt: skip
     stored = open_cache(teachers_of(recipe(folder, teacher={"cache": str(cache)}))[0][1], 1.0)
-    (live,) = load_teachers(found, data.label_names, tokenizer, Batch(4, 1, 1, 4), teacher_cache._alone())
+    (live,) = load_teachers(found, data.label_names, tokenizer, Batch(4, 1, 1, 4), ALONE)
     for rows in ([3, 36, 0], [16, 15]):
         batch = collate(split, np.array(rows), tokenizer.pad_token_id)
         torch.testing.assert_close(stored(batch).logits, live(batch).logits, rtol=1e-5, atol=1e-6)
@@ -85,7 +94,7 @@ def test_training_with_it_is_training_with_the_teacher(folder: Path, cache: Path
 
 
 def test_what_was_broken_off_goes_on(folder: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(teacher_cache, "PART", PART)
+    monkeypatch.setattr(teach_module, "PART", PART)
     half = tmp_path / "half"
     shutil.copytree(cache, half)
     stored = json.loads((half / "teacher.json").read_text(encoding="utf-8"))
@@ -102,6 +111,30 @@ def test_what_was_broken_off_goes_on(folder: Path, cache: Path, tmp_path: Path, 
         assert (half / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_two_ranks_write_what_one_does(folder: Path, cache: Path, tmp_path: Path, stage: int) -> None:
+    """Each has parts of its own, and of three the second rank has one; cut over both, the teacher takes both."""
+    teacher = {"model_name_or_path": str(folder / "teacher"), "deepspeed": {"zero_stage": stage}}
+    said = teach_on_two_ranks(recipe(folder, teacher=teacher), tmp_path, PART)
+    assert said == ["taught 2 of 3 parts", "taught 3 of 3 parts"]
+    alone, together = (
+        open_cache(teachers_of(recipe(folder, teacher={"cache": str(path)}))[0][1], 1.0)
+        for path in (cache, tmp_path / "taught")
+    )
+    assert isinstance(alone, CachedTeacher)
+    assert isinstance(together, CachedTeacher)
+    assert np.array_equal(alone.rows, together.rows)
+    torch.testing.assert_close(alone.logits, together.logits, rtol=1e-5, atol=1e-6)
+    prepare_recipe(recipe(folder, teacher={"cache": str(tmp_path / "taught")}))  # belongs, and is whole
+
+
+def test_several_ranks_have_several_parts_each(folder: Path, tmp_path: Path) -> None:
+    begin(recipe(folder), tmp_path / "taught", 2)
+    assert json.loads((tmp_path / "taught" / "teacher.json").read_text(encoding="utf-8"))["rows_of_a_part"] == 5
+    begin(recipe(folder), tmp_path / "taught", 1)  # goes on with these
+    assert json.loads((tmp_path / "taught" / "teacher.json").read_text(encoding="utf-8"))["rows_of_a_part"] == 5
+
+
 def test_rows_are_found_by_their_numbers_where_some_were_taken_away(folder: Path, tmp_path: Path) -> None:
     """Of what validation_fraction leaves, and for a micro-batch without rows too."""
     data = {"validation": None, "validation_fraction": 0.3}
@@ -112,14 +145,14 @@ def test_rows_are_found_by_their_numbers_where_some_were_taken_away(folder: Path
     split = prepared.splits["train"]
     assert len(split) == 26 and split.index.tolist() != list(range(26))  # noqa: PT018
     stored = open_cache(teachers_of(recipe(folder, teacher={"cache": str(tmp_path / "apart")}))[0][1], 1.0)
-    (live,) = load_teachers(apart, prepared.label_names, tokenizer, Batch(4, 1, 1, 4), teacher_cache._alone())
+    (live,) = load_teachers(apart, prepared.label_names, tokenizer, Batch(4, 1, 1, 4), ALONE)
     for rows in (np.array([25, 0, 7]), np.array([], dtype=np.int64)):
         batch = collate(split, rows, tokenizer.pad_token_id)
         torch.testing.assert_close(stored(batch).logits, live(batch).logits, rtol=1e-5, atol=1e-6)
 
 
 def test_a_damaged_part_is_written_anew(folder: Path, cache: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(teacher_cache, "PART", PART)
+    monkeypatch.setattr(teach_module, "PART", PART)
     shutil.copytree(cache, tmp_path / "mine")
     _damaged(tmp_path / "mine")
     teach(recipe(folder), tmp_path / "mine")

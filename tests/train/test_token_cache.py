@@ -11,21 +11,30 @@ import pytest
 import torch
 from ranks import Job, make_run, work_together
 from safetensors.torch import load_file
+from taught import teach_on_two_ranks
 from tiny import recipe_values, write_language_model, write_prompts
 
 from fleetune.batch import Batch
 from fleetune.recipe import dump_recipe
 from fleetune.schema import Recipe, RecipeError
-from fleetune.train import teacher_cache
+from fleetune.train import teach as teach_module
 from fleetune.train.batches import collate_tokens
 from fleetune.train.data import prepare
+from fleetune.train.distributed import World
 from fleetune.train.metrics_log import read_metrics
 from fleetune.train.model import load_tokenizer
 from fleetune.train.prepare import prepare_recipe
+from fleetune.train.teach import begin, write
 from fleetune.train.teacher import load_teachers
-from fleetune.train.teacher_cache import open_cache, teach
+from fleetune.train.teacher_cache import open_cache
 
 ROWS, TEMPERATURE = 37, 2.0
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def teach(recipe: Recipe, folder: Path, **chosen: int) -> None:
+    begin(recipe, folder, 1, **chosen)
+    write(recipe, folder, ALONE)
 
 
 def recipe(folder: Path, name: str = "tokens", teacher: dict[str, Any] | None = None, **sections: Any) -> Recipe:
@@ -44,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_prompts(folder / "train.jsonl", ROWS)
     write_prompts(folder / "validation.jsonl", 8, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher_cache, "PART", 16)
+        patch.setattr(teach_module, "PART", 16)
         teach(recipe(folder), folder / "all", top_k=10**6)
         teach(recipe(folder), folder / "four", top_k=4)
         teach(recipe(folder), folder / "drawn", samples=200)
@@ -69,7 +78,7 @@ def truth(folder: Path, batch: Any) -> torch.Tensor:
     """The living teacher's log-probabilities of the tokens that are learnt."""
     found = recipe(folder)
     tokenizer = load_tokenizer(found)
-    (live,) = load_teachers(found, [], tokenizer, Batch(4, 1, 1, 4), teacher_cache._alone())
+    (live,) = load_teachers(found, [], tokenizer, Batch(4, 1, 1, 4), ALONE)
     logits = live(batch).head.logits().flatten(0, 1)[batch.supervised]  # type: ignore[union-attr]
     return torch.log_softmax(logits / TEMPERATURE, -1)
 
@@ -174,9 +183,17 @@ def test_one_that_does_not_belong_is_refused(folder: Path, sections: dict[str, A
         prepare_recipe(found)
 
 
+def test_a_teacher_that_is_cut_over_the_ranks_says_the_same(folder: Path, tmp_path: Path, batch: Any) -> None:
+    teacher = {"model_name_or_path": str(folder / "teacher"), "deepspeed": {"zero_stage": 3}}
+    teach_on_two_ranks(recipe(folder, teacher=teacher), tmp_path, rows_of_a_part=16, top_k=4)
+    whole, cut = cached(folder, "four")(batch).stored, cached(tmp_path, "taught")(batch).stored
+    assert torch.equal(cut.ids, whole.ids)
+    torch.testing.assert_close(cut.log_probs, whole.log_probs, rtol=0, atol=1.1e-3)  # a code's width
+
+
 def test_what_was_broken_off_goes_on_and_gives_the_same_parts(folder: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher_cache, "PART", 16)
+        patch.setattr(teach_module, "PART", 16)
         teach(recipe(folder), tmp_path / "again", samples=200)
         whole = {path.name: path.read_bytes() for path in (folder / "drawn").iterdir()}
         assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == whole

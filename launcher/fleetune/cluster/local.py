@@ -225,7 +225,7 @@ def run_recipe(
         code, reason = runs.FAILED, "interrupted"
         try:
             program = ["fleetune.train", str(run.path)]
-            ranks = _Ranks(run, layout, run.logs(attempt), watch, Path(beats), program)
+            ranks = _Ranks(layout, run.logs(attempt), watch, Path(beats), program)
             code, reason = ranks.wait(lease.beat, stop, recipe.training.hang_timeout)
         except KeyboardInterrupt:
             code, reason = 128 + signal.SIGINT, "stopped at once; what came after the last checkpoint is lost"
@@ -237,12 +237,13 @@ def run_recipe(
     return Outcome(run, code, reason)
 
 
-def run_program(run: runs.Run, layout: Layout, program: list[str]) -> tuple[int, str]:
-    """Another of train/'s programs on the ranks of a layout: (exit code, reason)."""
-    logs = run.logs(1)
+def run_program(
+    layout: Layout, program: list[str], logs: Path, watch: Callable[[str], None] = lambda line: None
+) -> tuple[int, str]:
+    """Another of train/'s programs on the ranks of a layout: (exit code, reason). `watch` gets rank 0's lines."""
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fleetune-beats-") as beats:
-        ranks = _Ranks(run, layout, logs, lambda line: None, Path(beats), program)
+        ranks = _Ranks(layout, logs, watch, Path(beats), program)
         return ranks.wait(lambda: None, Stop(), None)
 
 
@@ -250,7 +251,6 @@ def run_program(run: runs.Run, layout: Layout, program: list[str]) -> tuple[int,
 class _Ranks:
     """The processes of one attempt."""
 
-    run: runs.Run
     layout: Layout
     logs: Path
     watch: Callable[[str], None]

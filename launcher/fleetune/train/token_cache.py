@@ -19,6 +19,7 @@ import pyarrow
 import torch
 from pyarrow import ipc
 
+from fleetune.train import zero
 from fleetune.train.alignment import Outputs, StoredTokens
 from fleetune.train.batches import IGNORED, MicroBatch, collate_tokens
 from fleetune.train.data import Split
@@ -105,25 +106,30 @@ def open_tokens(
 # ---------------------------------------------------------------- writing
 
 
-def write_part(path: Path, teacher: Any, split: Split, rows: Ints, chosen: Chosen, settings: dict[str, Any]) -> None:
-    """Runs the teacher over these rows, those of like length together, and writes what it says, by rename.
+def said_of_tokens(
+    teacher: Any, split: Split, rows: Ints, chosen: Chosen, seed: int, pad_token_id: int, device: torch.device
+) -> list[tuple[int, bytes, bytes]]:
+    """Of each row, which are run as one batch: its tokens that are learnt, their ids and log-probabilities in code.
 
-    `settings`: batch_size, pad_token_id, device, and the seed that samples are drawn from, by row.
+    Samples are drawn from `seed` and the row's number. A collective where the teacher is cut over the ranks.
     """
-    found: dict[int, tuple[int, bytes, bytes]] = {}
-    order = rows[np.argsort(split.lengths[rows], kind="stable")]
-    for start in range(0, len(order), settings["batch_size"]):
-        piece = order[start : start + settings["batch_size"]]
-        batch = collate_tokens(split, [piece[i : i + 1] for i in range(len(piece))], settings["pad_token_id"])
-        outputs = teacher(batch.to(settings["device"]))
-        for at, (row, labels) in enumerate(zip(piece.tolist(), batch.labels, strict=True)):
+    batch = collate_tokens(split, [rows[i : i + 1] for i in range(len(rows))], pad_token_id)
+    outputs = teacher(batch.to(device))
+    found = []
+    head = () if outputs.head is None else (outputs.head.weight, outputs.head.bias)
+    with zero.gathered([weight for weight in head if weight is not None]):
+        for at, (row, labels) in enumerate(zip(rows.tolist(), batch.labels, strict=True)):
             learnt = _logits(outputs, at, labels != IGNORED)[:, : chosen.vocabulary].float()
             log_probs = torch.log_softmax(learnt / chosen.temperature, -1)
-            ids = _choose(log_probs, chosen, [settings["seed"], int(split.index[row])])
+            ids = _choose(log_probs, chosen, [seed, int(split.index[row])])
             picked = log_probs.gather(1, ids).cpu().numpy()
-            found[row] = (len(learnt), encode_ids(ids.cpu().numpy()), encode_log_probs(picked))
-    columns = list(zip(*(found[row] for row in rows.tolist()), strict=True))
-    arrays = [pyarrow.array(column) for column in (split.index[rows], *map(list, columns))]
+            found.append((len(learnt), encode_ids(ids.cpu().numpy()), encode_log_probs(picked)))
+    return found
+
+
+def write_tokens(path: Path, rows: Ints, said: list[tuple[int, bytes, bytes]]) -> None:
+    """A part, by rename."""
+    arrays = [pyarrow.array(column) for column in (rows, *map(list, zip(*said, strict=True)))]
     table = pyarrow.table(arrays, names=["row", "tokens", "ids", "log_probs"])
     beside = path.with_suffix(".part")
     with ipc.new_file(str(beside), table.schema) as file:
