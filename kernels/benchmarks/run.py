@@ -120,7 +120,9 @@ def main() -> None:
     arguments.add_argument("--only", default="", help="cases whose name holds this")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--again", action="store_true", help="what is recorded too")
-    arguments.add_argument("--slow-peers", action="store_true", help="KeOps on a CPU too, which takes minutes a call")
+    arguments.add_argument(
+        "--slow-peers", action="store_true", help="KeOps at every size on a CPU, where it takes minutes a call"
+    )
     arguments.add_argument("--table", action="store_true", help="of what is recorded")
     given = arguments.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
