@@ -1,12 +1,14 @@
 """Domain adaptation on Amazon reviews: six directed pairs of books, dvd and electronics, and every method.
 
+    python launcher/benchmarks/domains.py tune             # each method's weights, on books and dvd alone
     python launcher/benchmarks/domains.py run              # all that is not there yet; hours on 2 cores
     python launcher/benchmarks/domains.py run --small      # one pair, a few steps of each: minutes
     python launcher/benchmarks/domains.py table            # what is recorded
 
-Seed 0 of every pair and method first; then seeds 1 and 2 of the source alone, the oracle and the method that is best on
-average. Every run is one recorded result; what is recorded is not run again, and what was broken off goes on. The
-recipes' defaults are for books and dvd to choose; electronics shows whether they carry over.
+`tune` says which weight is best on the labelled rows of books and dvd, and the recipes take that one; electronics shows
+whether it carries over. `run` is seed 0 of every pair and method first; then seeds 1 and 2 of the source alone, the
+oracle and the method that is best on average. Every run is one recorded result; what is recorded is not run again, and
+what was broken off goes on.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import record
+import yaml
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("FLEETUNE_DATA", ROOT.parent / "shared" / "data"))
@@ -30,20 +33,46 @@ SOURCE_ONLY, ORACLE = "base", "oracle"
 METHODS = ("mmd", "coral", "jmmd", "lmmd", "dann", "entropy", "reweight")
 ARMS = (SOURCE_ONLY, *METHODS, ORACLE)
 SEEDS = (0, 1, 2)
+TUNED_ON = PAIRS[:1] + PAIRS[2:3]  # books to dvd, and back
+TRIED = {
+    "mmd": (0.1, 0.5, 2.0),
+    "coral": (10.0, 100.0, 1000.0),
+    "jmmd": (0.02, 0.1, 0.5),
+    "lmmd": (0.1, 0.5, 2.0),
+    "dann": (0.02, 0.1, 0.5),
+    "entropy": (0.02, 0.1, 0.5),
+    "reweight": (2.0, 10.0),
+}
 SMALL = ["training.max_steps=20", "data.target.target.test=null", "evaluation.shift_rows=100"]
 
 
-def name_of(pair: tuple[str, str], arm: str, seed: int, small: bool) -> str:
-    return f"domains{'_small' if small else ''}/{'-'.join(pair)}-{arm}-{seed}"
+def setting_of(arm: str) -> str:
+    """The key of what is tuned."""
+    return "reweight.clip" if arm == "reweight" else "losses.1.weight"
 
 
-def run(pair: tuple[str, str], arm: str, seed: int, runs: Path, small: bool) -> None:
+def chosen(arm: str) -> float | None:
+    """What the arm's recipe says there."""
+    if arm not in TRIED:
+        return None
+    recipe = yaml.safe_load((ROOT / "recipes" / "amazon" / f"{arm}.yaml").read_text(encoding="utf-8"))
+    return float(recipe["reweight"]["clip"] if arm == "reweight" else recipe["losses"][1]["weight"])
+
+
+def name_of(pair: tuple[str, str], arm: str, value: float | None, seed: int, small: bool) -> str:
+    setting = "" if value is None else f"-{value:g}"
+    return f"domains{'_small' if small else ''}/{'-'.join(pair)}-{arm}{setting}-{seed}"
+
+
+def run(pair: tuple[str, str], arm: str, value: float | None, seed: int, runs: Path, small: bool = False) -> None:
     """One training run, by the command that a person would type. Raises CalledProcessError where it fails."""
-    name = name_of(pair, arm, seed, small)
+    name = name_of(pair, arm, value, seed, small)
     if record.read(name) is not None:
         return
     folder = name.replace("/", "-")
-    shown = ["run", f"recipes/amazon/{arm}.yaml", f"name={folder}", f"training.seed={seed}", *(SMALL if small else [])]
+    tuned = [] if value is None else [f"{setting_of(arm)}={value:g}"]
+    recipe = f"recipes/amazon/{arm}.yaml"
+    shown = ["run", recipe, f"name={folder}", f"training.seed={seed}", *tuned, *(SMALL if small else [])]
     chosen = {"AMAZON_SOURCE": pair[0], "AMAZON_TARGET": pair[1]}
     command = [sys.executable, "-m", "fleetune.cli", *shown, f"output_dir={runs}", "--nproc-per-node", "2"]
     environment = {**os.environ, "FLEETUNE_DATA": str(DATA), **chosen}
@@ -59,10 +88,9 @@ def accuracy(result: dict[str, Any], split: str) -> float:
 
 
 def recorded(arm: str, small: bool, seeds: tuple[int, ...] = SEEDS) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """By pair."""
-    found = {
-        pair: [r for seed in seeds if (r := record.read(name_of(pair, arm, seed, small))) is not None] for pair in PAIRS
-    }
+    """Of the recipe as it stands, by pair."""
+    names = {pair: [name_of(pair, arm, chosen(arm), seed, small) for seed in seeds] for pair in PAIRS}
+    found = {pair: [r for name in each if (r := record.read(name)) is not None] for pair, each in names.items()}
     return {pair: results for pair, results in found.items() if results}
 
 
@@ -73,6 +101,23 @@ def best_method(small: bool) -> str:
         return statistics.fmean(accuracy(r, "test") for (r,) in recorded(arm, small, (0,)).values())
 
     return max((arm for arm in METHODS if recorded(arm, small, (0,))), key=mean)
+
+
+def tuning_table() -> None:
+    """Accuracy on all 2,000 labelled rows of dvd, and of books, each drawn near to by the other; and their mean."""
+    print("| method | setting | " + " | ".join(f"{s} to {t}" for s, t in TUNED_ON) + " | mean |  |")
+    print("|---" * (len(TUNED_ON) + 4) + "|")
+    for arm in (SOURCE_ONLY, *METHODS):
+        found = {}
+        for value in TRIED.get(arm, (None,)):
+            each = [record.read(name_of(pair, arm, value, 0, small=False)) for pair in TUNED_ON]
+            found[value] = [(300 * accuracy(r, "validation") + 1700 * accuracy(r, "test")) / 2000 for r in each if r]
+        means = {value: statistics.fmean(each) for value, each in found.items() if len(each) == len(TUNED_ON)}
+        for value, mean in means.items():
+            notes = ["best"] * (value == max(means, key=means.__getitem__)) + ["the recipe's"] * (value == chosen(arm))
+            setting = "" if value is None else f"{setting_of(arm)}={value:g}"
+            cells = [arm, setting, *(f"{one:.4f}" for one in found[value]), f"{mean:.4f}", ", ".join(notes)]
+            print(f"| {' | '.join(cells)} |")
 
 
 def table(small: bool) -> None:
@@ -115,19 +160,25 @@ def _gap_closed(arm: str, small: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("what", choices=("tune", "run", "table"))
     parser.add_argument("--small", action="store_true", help="books to dvd, seed 0, 20 steps of each")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "domains")
     arguments = parser.parse_args()
     small, runs = arguments.small, arguments.runs.absolute()
+    if arguments.what == "tune":
+        for arm, pair in itertools.product((SOURCE_ONLY, *METHODS), TUNED_ON):
+            for value in TRIED.get(arm, (None,)):
+                run(pair, arm, value, 0, runs)
+        tuning_table()
+        return
     if arguments.what == "run":
         pairs = PAIRS[:1] if small else PAIRS
         for pair, arm in itertools.product(pairs, ARMS):
-            run(pair, arm, 0, runs, small)
+            run(pair, arm, chosen(arm), 0, runs, small)
         if not small:
             for seed, pair in itertools.product(SEEDS[1:], pairs):
                 for arm in (SOURCE_ONLY, best_method(small), ORACLE):
-                    run(pair, arm, seed, runs, small)
+                    run(pair, arm, chosen(arm), seed, runs)
     table(small)
 
 
