@@ -50,7 +50,7 @@ def evaluate(
     arguments = [str(run_or_model)]
     arguments += ["--data", data] if data is not None else []
     arguments += ["--split", split] if split is not None else []
-    print_table(metrics(answer_of("evaluate_folder", arguments)), 120)
+    print_table(metrics(answer_of("evaluate_folder", arguments, shown="evaluated ")), 120)
 
 
 def _by_lm_eval(folder: Path, tasks: str, limit: int | None) -> None:

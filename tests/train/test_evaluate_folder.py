@@ -51,6 +51,16 @@ def test_a_split_of_the_recipe_and_the_same_rows_as_a_file(folder: Path) -> None
     assert evaluate_folder(folder / "trained", file, None) == found | {"data": file}
 
 
+def test_a_long_evaluation_says_how_far_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate_folder(folder / "trained", None, None)
+    assert "evaluated" not in capsys.readouterr().err
+    monkeypatch.setattr("fleetune.train.evaluate_folder.TELL_SECONDS", 0.0)
+    evaluate_folder(folder / "trained", None, None)
+    assert "evaluated 10 of 10 rows\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [

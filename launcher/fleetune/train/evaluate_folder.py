@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from fleetune.train.report import print_report
 
 if TYPE_CHECKING:
     from fleetune.train.data import Split
+
+TELL_SECONDS = 10.0  # between two words of how far it is
 
 
 def _in_trains_place(recipe: Recipe, data: str, split: str | None, names: list[str] | None) -> Recipe:
@@ -99,9 +102,17 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
     model.to(device)
     autocast = recipe.training.bf16 and recipe.deepspeed.zero_stage == 0  # as in training
 
+    done, told = 0, time.monotonic()
+
     def forward(inputs: dict[str, torch.Tensor], compute: Callable[[Outputs], torch.Tensor]) -> torch.Tensor:
+        nonlocal done, told
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            return run(model, model, inputs, Asked(), compute)
+            outputs = run(model, model, inputs, Asked(), compute)
+        done += len(inputs["input_ids"])
+        if time.monotonic() - told > TELL_SECONDS:
+            told = time.monotonic()
+            print(f"evaluated {done} of {len(rows)} rows", file=sys.stderr, flush=True)
+        return outputs
 
     world, padding, wanted = World(0, 1, 0, device), padding_id(tokenizer) or 0, recipe.evaluation.exact_match
     metrics = evaluate(forward, rows, recipe, padding, world, of_domains)
