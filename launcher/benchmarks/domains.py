@@ -165,6 +165,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "domains")
     arguments = parser.parse_args()
     small, runs = arguments.small, arguments.runs.absolute()
+    if small and arguments.what == "tune":
+        parser.error("--small is of run and table: weights are tuned by whole runs")
     if arguments.what == "tune":
         for arm, pair in itertools.product((SOURCE_ONLY, *METHODS), TUNED_ON):
             for value in TRIED.get(arm, (None,)):
@@ -179,6 +181,9 @@ def main() -> None:
             for seed, pair in itertools.product(SEEDS[1:], pairs):
                 for arm in (SOURCE_ONLY, best_method(small), ORACLE):
                     run(pair, arm, chosen(arm), seed, runs)
+    if not small:
+        tuning_table()
+        print()
     table(small)
 
 

@@ -60,6 +60,7 @@ def test_a_job_whose_node_was_lost_before_any_task_came_up_says_so_and_is_moved_
     [
         (True, "NODE_FAIL", "a node failed"),
         (True, "PREEMPTED", "it was preempted"),
+        (False, "PREEMPTED", ""),  # it said so itself
         (True, None, "it was ended from outside"),  # there is no accounting
         (False, "NODE_FAIL", "a node failed"),
         (False, "REQUEUED", ""),  # by its own batch script, which has ended the attempt
@@ -73,11 +74,54 @@ def test_how_a_start_was_lost_is_told_where_the_attempts_do_not_say_it_yet(
     start_attempt(run, ["node1"])
     if not open_:
         end_attempt(run, 1, runs.SAVED, "preempted: stopped and saved", "preemption")
-    starts = [] if state is None else [slurm.Job("7", state, "", "node1", "x", ended=1.0)]
-    starts.append(slurm.Job("7", "PENDING", "", "", "x"))
+    earlier = [] if state is None else [slurm.Job("7", state, "", "node1", "x", ended=1.0)]
     waits = slurm.Job("7", "PENDING", "Resources", "", "x")
-    assert slurm._how_it_was_lost(tmp_path, waits, starts) == lost
-    assert slurm._how_it_was_lost(tmp_path, slurm.Job("7", "RUNNING", "None", "node1", "x"), starts) == ""
+    assert slurm._how_it_was_lost(tmp_path, waits, earlier) == lost
+    assert slurm._how_it_was_lost(tmp_path, slurm.Job("7", "RUNNING", "None", "node1", "x"), earlier) == ""
+
+
+ROWS = {
+    "waits": "7|PENDING||Unknown|Unknown|x",
+    "lost": "7|NODE_FAIL|node1|2026-01-02T00:00:00|2026-01-02T01:00:00|x",
+    "requeued": "7|REQUEUED|node2|2026-01-03T00:00:00|2026-01-03T01:00:00|x",
+    "whose end is unknown": "7|RUNNING|node1|2026-01-01T00:00:00|Unknown|x",
+    "done": "7|COMPLETED|node3|2026-01-04T00:00:00|2026-01-04T01:00:00|x",
+    "cancelled": "7|CANCELLED by 1000|None assigned|None|2026-01-05T00:00:00|x",
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "last"),
+    [
+        (("waits", "lost"), "PENDING"),
+        (("requeued", "lost"), "REQUEUED"),
+        (("done", "whose end is unknown", "lost"), "COMPLETED"),
+        (("cancelled", "lost"), "CANCELLED"),
+    ],
+)
+def test_the_latest_start_of_a_job_stands_for_it(
+    rows: tuple[str, ...], last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "command", lambda *words: "\n".join(ROWS[row] for row in rows) + "\n")
+    found = slurm.accounted(ids=["7"])
+    assert found is not None
+    assert found["7"][-1].state == last
+
+
+@pytest.mark.parametrize("state", ["NODE_FAIL", "PREEMPTED", "REQUEUED"])
+def test_a_job_that_lost_a_start_before_any_task_came_up_may_be_moved_up(
+    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.write_json(tmp_path / "job.json", {"id": "7"})
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
+    monkeypatch.setattr(slurm, "queue", lambda: {"7": slurm.Job("7", "PENDING", "BeginTime", "", "x")})
+    ended = slurm.Job("7", state, "", "node1", "x", 1.0, 2.0)
+    monkeypatch.setattr(slurm, "accounted", lambda ids: {"7": [ended, slurm.Job("7", "PENDING", "", "", "x")]})
+    (job,) = slurm.look([tmp_path]).values()
+    assert slurm._has_run(tmp_path, job)
+    monkeypatch.setattr(slurm, "accounted", lambda ids: {"7": [slurm.Job("7", "PENDING", "", "", "x")]})
+    (job,) = slurm.look([tmp_path]).values()
+    assert not slurm._has_run(tmp_path, job)  # a person chose when it begins
 
 
 def test_a_person_who_chose_when_a_job_begins_is_left_alone(

@@ -41,8 +41,8 @@ class Job:
     reason: str  # why it waits
     nodes: str
     name: str
-    begins: float | None = None  # seconds since the epoch; of one that waits, where Slurm says so
-    ended: float | None = None  # likewise; of a start that has
+    begins: float | None = None  # or began, in seconds since the epoch; where Slurm says so
+    ended: float | None = None  # likewise; of one that waits for another start, when its last one did
     lost: str = ""  # how Slurm ended the last start of one that waits, where the run's own files do not say it yet
 
     @property
@@ -86,11 +86,13 @@ def look(paths: Iterable[Path]) -> dict[Path, Job]:
     starts = (accounted(ids=asked) or {}) if asked else {}
     found = {}
     for path, id_ in ids.items():
-        earlier = starts.get(id_, [])
+        known = starts.get(id_, [])
         if id_ in queued:
-            found[path] = replace(queued[id_], lost=_how_it_was_lost(path, queued[id_], earlier))
-        elif earlier:
-            found[path] = earlier[-1]
+            earlier = [start for start in known if start.ended is not None]
+            lost = _how_it_was_lost(path, queued[id_], earlier)
+            found[path] = replace(queued[id_], ended=earlier[-1].ended if earlier else None, lost=lost)
+        elif known:
+            found[path] = known[-1]
     return found
 
 
@@ -98,11 +100,11 @@ def _may_have_run(path: Path, job: Job) -> bool:
     return job.state == "PENDING" and (job.reason == "BeginTime" or runs.Run(path).attempts.exists())
 
 
-def _how_it_was_lost(path: Path, job: Job, starts: list[Job]) -> str:
+def _how_it_was_lost(path: Path, job: Job, earlier: list[Job]) -> str:
     """How Slurm ended the last start of a job that waits for another, where the run's own files do not say it yet."""
     if not _may_have_run(path, job):
         return ""
-    state = next((start.state for start in reversed(starts) if start.ended is not None), "")
+    state = earlier[-1].state if earlier else ""
     told = {"NODE_FAIL": "a node failed", "PREEMPTED": "it was preempted", "REQUEUED": "it was requeued"}
     if unended(runs.Run(path)):
         return told.get(state, "it was ended from outside")
@@ -122,7 +124,7 @@ def _may_be_held_back(job: Job) -> bool:
 
 def _has_run(path: Path, job: Job) -> bool:
     """Else it was a person who chose when it begins. A start may be lost before any task of it came up."""
-    return bool(job.lost) or any((path / "slurm").glob(f"{job.id}-*"))
+    return job.ended is not None or any((path / "slurm").glob(f"{job.id}-*"))
 
 
 def require() -> None:
@@ -163,20 +165,23 @@ def queue(user: str | None = None) -> dict[str, Job]:
 
 
 def accounted(ids: Iterable[str] = (), names: Iterable[str] = ()) -> dict[str, list[Job]] | None:
-    """Every start of jobs as the accounting has it, the latest last; one query. None where there is no accounting."""
+    """Every start of jobs as the accounting has it, the latest last; one query. None where there is no accounting.
+
+    One that waits for its start is the latest, and one whose end was never written down is not for that.
+    """
     by = [f"--jobs={','.join(ids)}"] if (ids := list(ids)) else []
     by += [f"--name={','.join(names)}"] if (names := list(names)) else []
     words = ("sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", "--starttime=now-30days", *by)
     try:
-        lines = command(*words, "--format=JobIDRaw,State,NodeList,End,JobName")
+        lines = command(*words, "--format=JobIDRaw,State,NodeList,Start,End,JobName")
     except SlurmFailed:
         return None
     jobs: dict[str, list[Job]] = {}
     for line in lines.splitlines():
-        id_, state, nodes, end, name = line.split("|", 4)
+        id_, state, nodes, start, end, name = line.split("|", 5)
         state = state.split()[0]  # CANCELLED by 1000
-        jobs.setdefault(id_, []).append(Job(id_, state, "", nodes, name, ended=_epoch(end)))
-    return {id_: sorted(starts, key=lambda one: one.ended or math.inf) for id_, starts in jobs.items()}
+        jobs.setdefault(id_, []).append(Job(id_, state, "", nodes, name, _epoch(start), _epoch(end)))
+    return {id_: sorted(starts, key=lambda one: one.begins or math.inf) for id_, starts in jobs.items()}
 
 
 def _epoch(time: str) -> float | None:
