@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fleetune import cluster_commands, eval_command, export_command, shift_command, sizes
+from fleetune import cluster_commands, eval_command, export_command, shift_command, sizes, teach_command
 from fleetune.preparing import layout_of, plan, prepare, recipe_file
 from fleetune.terminal import Nodes, Nproc, Overrides, RecipeFile, answer_of, fail, load, print_table
 
@@ -185,55 +185,7 @@ def check(
 app.command()(cluster_commands.doctor)
 
 
-@app.command()
-def teach(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    nproc_per_node: Nproc = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Where it is stored; output_dir/NAME-taught when absent.", show_default=False)
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=1, help="Of a language model: classes of a token; 64.", show_default=False)
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="In their place: classes drawn from it, unbiased.", show_default=False)
-    ] = None,
-) -> None:
-    """Run a recipe's teacher once over the training rows and store what it says, for `teacher.cache`."""
-    import shlex
-
-    from fleetune.cluster import local
-    from fleetune.losses import OF_LAYERS
-    from fleetune.runs import read_json
-
-    if top_k is not None and samples is not None:
-        fail(f"--samples {samples}: stands in the place of --top-k; leave one out")
-    given = load(recipe, overrides)
-    if given.task != "causal_lm" and (top_k or samples):
-        option = f"--top-k {top_k}" if top_k else f"--samples {samples}"
-        fail(f"{option}: is of a language model; of task: {given.task} all logits are stored")
-    chosen = ["--top-k", str(top_k)] if top_k else ["--samples", str(samples)] if samples else []
-    loaded, _ = prepare(recipe, given, overrides, plan(1, 1))
-    folder = out or Path(loaded.output_dir) / f"{loaded.name}-taught"
-    layout = plan(1, nproc_per_node)
-    with recipe_file(loaded) as file:
-        key = answer_of("teach", ["begin", file, str(folder), str(layout.world_size), *chosen])["key"]
-        program = ["fleetune.train.teach", "write", file, str(folder)]
-        code, reason = local.run_program(layout, program, folder / "logs", typer.echo)
-    if code:
-        fail(f"{reason}\nthe same command goes on with what is stored", 1)
-    taught = read_json(folder / "teacher.json")
-    stored = sum((folder / name).stat().st_size for name in taught["parts"])
-    kinds = {"top": "the top {} classes of each token", "samples": "{} samples of each token"}
-    what = kinds[taught["chosen"]["kind"]].format(taught["chosen"]["count"]) if "chosen" in taught else ""
-    what = what or f"{len(taught['labels'])} logits"
-    typer.echo(f"{folder}: {what} of {taught['rows']} rows, {sizes.volume(stored)}")
-    typer.echo(f"train with it: {key}.model_name_or_path=null {shlex.quote(f'{key}.cache={folder}')}")
-    if beyond := list(dict.fromkeys(loss.kind for loss in loaded.losses if loss.kind in OF_LAYERS)):
-        typer.echo(f"and without the losses of kind {', '.join(beyond)}, which need the teacher itself")
-
-
+app.command()(teach_command.teach)
 app.command("eval")(eval_command.evaluate)
 app.command()(export_command.export)
 

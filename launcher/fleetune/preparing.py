@@ -33,11 +33,13 @@ def prepare(
     file: Path,
     recipe: Recipe,
     overrides: list[str] | None,
-    layout: Layout,
+    layout: Layout | None,
     stop: Stop | None = None,
     elsewhere: bool = False,
 ) -> tuple[Recipe, dict[str, Any]]:
     """Checks the recipe against its model, data and machine; leaves the program where they do not fit.
+
+    Without a layout it is not trained, and how its batches are cut does not matter.
 
     Returns the recipe as it runs here, and the report.
     """
@@ -46,7 +48,8 @@ def prepare(
     from fleetune.schema import RecipeError
 
     try:
-        cut_batch(recipe.training, layout.world_size)
+        if layout is not None:
+            cut_batch(recipe.training, layout.world_size)
         report = local.prepare(recipe, stop, elsewhere)
     except RecipeError as error:
         fail("\n".join(f"{origin_of(line, file, overrides)}: {line}" for line in str(error).splitlines()))

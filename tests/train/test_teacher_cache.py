@@ -20,12 +20,13 @@ from tiny import recipe_values, write_model, write_rows
 from fleetune.batch import Batch
 from fleetune.schema import Recipe, RecipeError, teachers_of
 from fleetune.train import teach as teach_module
+from fleetune.train.alignment import Outputs
 from fleetune.train.batches import collate
 from fleetune.train.data import prepare
 from fleetune.train.distributed import World
 from fleetune.train.model import load_tokenizer
 from fleetune.train.prepare import prepare_recipe
-from fleetune.train.teach import begin, write
+from fleetune.train.teach import begin, end, write
 from fleetune.train.teacher import load_teachers
 from fleetune.train.teacher_cache import CachedTeacher, open_cache
 from fleetune.verify import exact_metrics
@@ -35,8 +36,9 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 def teach(recipe: Recipe, folder: Path) -> None:
-    begin(recipe, folder, 1)
-    write(recipe, folder, ALONE)
+    begin(recipe, folder)
+    assert write(recipe, folder, ALONE)
+    end(folder)
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +99,7 @@ def test_what_was_broken_off_goes_on(folder: Path, cache: Path, tmp_path: Path, 
     monkeypatch.setattr(teach_module, "PART", PART)
     half = tmp_path / "half"
     shutil.copytree(cache, half)
-    stored = json.loads((half / "teacher.json").read_text(encoding="utf-8"))
-    stored.pop("rows")
-    stored["parts"].pop("part-00001.parquet")
-    (half / "teacher.json").write_text(json.dumps(stored), encoding="utf-8")
-    (half / "part-00001.parquet").unlink()
+    _half(half)
     kept = {path: path.stat().st_mtime_ns for path in half.glob("*.parquet")}
     with pytest.raises(RecipeError, match="is half written; the same `fleetune teach` goes on with it"):
         prepare_recipe(recipe(folder, teacher={"cache": str(half)}))
@@ -116,23 +114,81 @@ def test_two_ranks_write_what_one_does(folder: Path, cache: Path, tmp_path: Path
     """Each has parts of its own, and of three the second rank has one; cut over both, the teacher takes both."""
     teacher = {"model_name_or_path": str(folder / "teacher"), "deepspeed": {"zero_stage": stage}}
     said = teach_on_two_ranks(recipe(folder, teacher=teacher), tmp_path, PART)
-    assert said == ["taught 2 of 3 parts", "taught 3 of 3 parts"]
-    alone, together = (
-        open_cache(teachers_of(recipe(folder, teacher={"cache": str(path)}))[0][1], 1.0)
-        for path in (cache, tmp_path / "taught")
-    )
-    assert isinstance(alone, CachedTeacher)
-    assert isinstance(together, CachedTeacher)
-    assert np.array_equal(alone.rows, together.rows)
-    torch.testing.assert_close(alone.logits, together.logits, rtol=1e-5, atol=1e-6)
+    assert said[-1] in ("taught 2 of 3 parts", "taught 3 of 3 parts")  # as the main rank sees it when it is done
+    assert_alike(folder, cache, tmp_path / "taught")
     prepare_recipe(recipe(folder, teacher={"cache": str(tmp_path / "taught")}))  # belongs, and is whole
 
 
-def test_several_ranks_have_several_parts_each(folder: Path, tmp_path: Path) -> None:
-    begin(recipe(folder), tmp_path / "taught", 2)
-    assert json.loads((tmp_path / "taught" / "teacher.json").read_text(encoding="utf-8"))["rows_of_a_part"] == 5
-    begin(recipe(folder), tmp_path / "taught", 1)  # goes on with these
-    assert json.loads((tmp_path / "taught" / "teacher.json").read_text(encoding="utf-8"))["rows_of_a_part"] == 5
+def test_two_ranks_go_on_with_what_one_began(folder: Path, cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache, tmp_path / "taught")
+    kept = tmp_path / "taught" / "part-00000.parquet"
+    written = kept.stat().st_mtime_ns
+    _half(tmp_path / "taught")
+    teach_on_two_ranks(recipe(folder), tmp_path, rows_of_a_part=5)  # it goes on with parts of 16
+    assert kept.stat().st_mtime_ns == written
+    assert_alike(folder, cache, tmp_path / "taught")
+
+
+def assert_alike(folder: Path, *caches: Path) -> None:
+    first, second = (open_cache(teachers_of(recipe(folder, teacher={"cache": str(p)}))[0][1], 1.0) for p in caches)
+    assert isinstance(first, CachedTeacher)
+    assert isinstance(second, CachedTeacher)
+    assert np.array_equal(first.rows, second.rows)
+    torch.testing.assert_close(first.logits, second.logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_teacher_that_is_cut_is_run_no_more_often_than_it_has_rows(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a short part every rank makes as many passes as the longest beside it takes, not as a full one would."""
+    passes = 0
+
+    def run_uncut(*_: Any) -> Any:
+        def teacher(batch: Any) -> Outputs:
+            nonlocal passes
+            passes += 1
+            return Outputs(torch.zeros(len(batch.labels), 2))
+
+        return teacher
+
+    monkeypatch.setattr("fleetune.train.teacher.load_teacher", run_uncut)
+    monkeypatch.setattr(teach_module, "PART", PART)
+    cut = recipe(folder, teacher={"model_name_or_path": str(folder / "teacher"), "deepspeed": {"zero_stage": 3}})
+    begin(cut, tmp_path / "taught")
+    assert write(cut, tmp_path / "taught", ALONE)
+    size = cut.evaluation.per_device_eval_batch_size
+    assert passes == sum(-(-rows // size) for rows in (16, 16, 5))
+
+
+def test_asked_to_stop_it_keeps_the_parts_that_are_whole(
+    folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teach_module, "PART", PART)
+    begin(recipe(folder), tmp_path / "taught")
+    first = tmp_path / "taught" / "part-00000.parquet"
+    monkeypatch.setattr(teach_module.signals, "stop_requested", first.exists)
+    assert not write(recipe(folder), tmp_path / "taught", ALONE)
+    assert first.read_bytes() == (cache / first.name).read_bytes()
+    assert begin(recipe(folder), tmp_path / "taught") == {"key": "teacher", "left": 2}
+
+
+def test_a_teacher_of_another_precision_does_not_go_on(folder: Path, cache: Path) -> None:
+    half = recipe(folder, teacher={"model_name_or_path": str(folder / "teacher"), "dtype": "bfloat16"})
+    with pytest.raises(RecipeError, match="another teacher: its dtype is float32, and this one's bfloat16; choose"):
+        begin(half, cache)
+
+
+def test_what_a_full_disk_left_of_its_start_is_no_hindrance(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "taught").mkdir()
+    (tmp_path / "taught" / ".teacher.json.host.7").touch()
+    assert begin(recipe(folder), tmp_path / "taught")["left"] == 1
+
+
+def test_what_is_whole_is_not_touched(folder: Path, cache: Path) -> None:
+    written = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert begin(recipe(folder), cache)["left"] == 0
+    assert end(cache)["rows"] == ROWS
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == written
 
 
 def test_rows_are_found_by_their_numbers_where_some_were_taken_away(folder: Path, tmp_path: Path) -> None:
@@ -163,6 +219,14 @@ def test_a_damaged_part_is_written_anew(folder: Path, cache: Path, tmp_path: Pat
 def _another_data(folder: Path) -> dict[str, Any]:
     write_rows(folder / "other.jsonl", ROWS, seed=9)
     return {"data": {"train": {"path": str(folder / "other.jsonl")}}}
+
+
+def _half(cache: Path) -> None:
+    """As it is when it is broken off."""
+    stored = json.loads((cache / "teacher.json").read_text(encoding="utf-8"))
+    stored.pop("rows")
+    (cache / "teacher.json").write_text(json.dumps({**stored, "parts": {}}), encoding="utf-8")
+    (cache / "part-00001.parquet").unlink()
 
 
 def _damaged(cache: Path) -> None:
@@ -205,16 +269,44 @@ def test_a_cache_that_does_not_belong_is_refused(
 
 def test_another_teacher_takes_another_folder(folder: Path, cache: Path) -> None:
     other = recipe(folder, teacher={"model_name_or_path": str(folder / "another")})
-    with pytest.raises(RecipeError, match=r"taught: is a cache of another teacher; choose another folder with --out"):
+    with pytest.raises(
+        RecipeError, match=r"taught: is a cache of another teacher: its model_name_or_path is .*; choose another"
+    ):
         teach(other, cache)
 
 
-def test_the_command(folder: Path, tmp_path: Path) -> None:
+def command(folder: Path, tmp_path: Path, *words: str, **sections: Any) -> subprocess.CompletedProcess[str]:
     file = tmp_path / "recipe.yaml"
-    file.write_text(json.dumps(recipe(folder).model_dump(mode="json", exclude={"output_dir"})), encoding="utf-8")
-    command = [sys.executable, "-m", "fleetune.cli", "teach", str(file), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    values = recipe(folder, **sections).model_dump(mode="json", exclude={"output_dir"})
+    file.write_text(json.dumps(values), encoding="utf-8")
+    words = ("teach", str(file), "--out", str(tmp_path / "out"), *words)
+    return subprocess.run([sys.executable, "-m", "fleetune.cli", *words], capture_output=True, text=True, check=False)
+
+
+def test_the_command(folder: Path, tmp_path: Path) -> None:
+    """On a number of ranks that could not train with this batch."""
+    done = command(folder, tmp_path, "--nproc-per-node", "2", training={"global_batch_size": 3})
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("taught 1 of 1 parts\n")
     assert f"out: 2 logits of {ROWS} rows, " in done.stdout
     assert "teacher.cache=" in done.stdout
-    assert "parts" in json.loads((tmp_path / "out" / "teacher.json").read_text(encoding="utf-8"))
+    assert "rows" in json.loads((tmp_path / "out" / "teacher.json").read_text(encoding="utf-8"))
+    (tmp_path / "out" / "logs").rename(tmp_path / "logs")
+    again = command(folder, tmp_path)
+    assert again.stdout == done.stdout.removeprefix("taught 1 of 1 parts\n")
+    assert not (tmp_path / "out" / "logs").exists()  # no rank was started
+
+
+def test_the_command_fails_in_one_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    failed = command(folder, tmp_path)
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.count("\n") == 1
+    assert "out: cannot be written: " in failed.stderr
+    (tmp_path / "out").unlink()
+    copied = tmp_path / "teacher"
+    shutil.copytree(folder / "teacher", copied)
+    (copied / "model.safetensors").unlink()
+    failed = command(folder, tmp_path, teacher={"model_name_or_path": str(copied)})
+    assert failed.returncode == 3
+    assert "goes on" not in failed.stderr  # not before it is mended

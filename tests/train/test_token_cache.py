@@ -24,7 +24,7 @@ from fleetune.train.distributed import World
 from fleetune.train.metrics_log import read_metrics
 from fleetune.train.model import load_tokenizer
 from fleetune.train.prepare import prepare_recipe
-from fleetune.train.teach import begin, write
+from fleetune.train.teach import begin, end, write
 from fleetune.train.teacher import load_teachers
 from fleetune.train.teacher_cache import open_cache
 
@@ -33,8 +33,9 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 def teach(recipe: Recipe, folder: Path, **chosen: int) -> None:
-    begin(recipe, folder, 1, **chosen)
-    write(recipe, folder, ALONE)
+    begin(recipe, folder, **chosen)
+    assert write(recipe, folder, ALONE)
+    end(folder)
 
 
 def recipe(folder: Path, name: str = "tokens", teacher: dict[str, Any] | None = None, **sections: Any) -> Recipe:

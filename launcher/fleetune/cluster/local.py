@@ -238,13 +238,18 @@ def run_recipe(
 
 
 def run_program(
-    layout: Layout, program: list[str], logs: Path, watch: Callable[[str], None] = lambda line: None
+    layout: Layout,
+    program: list[str],
+    logs: Path,
+    watch: Callable[[str], None] = lambda line: None,
+    stop: Stop | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> tuple[int, str]:
     """Another of train/'s programs on the ranks of a layout: (exit code, reason). `watch` gets rank 0's lines."""
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fleetune-beats-") as beats:
         ranks = _Ranks(layout, logs, watch, Path(beats), program)
-        return ranks.wait(lambda: None, Stop(), None)
+        return ranks.wait(beat, stop or Stop(), None)
 
 
 @dataclass

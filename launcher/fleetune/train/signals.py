@@ -48,7 +48,10 @@ def stop_requested() -> bool:
 
 
 def beat(phase: str) -> None:
-    """Says that this rank gets on, and with what: `verify`, `load`, `step`, `evaluation`, `save`, `finish`, `exit`."""
+    """Says that this rank gets on, and with what.
+
+    That is `verify`, `load`, `step`, `evaluation`, `teaching`, `save`, `finish` or `exit`.
+    """
     if _beats:
         _beats[0] += 1
         with contextlib.suppress(OSError):  # a full disk

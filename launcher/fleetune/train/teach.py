@@ -1,11 +1,13 @@
 """Runs a recipe's teacher once over its training rows and stores what it says, in the form that `teacher_cache` reads.
 
-    python -m fleetune.train.teach begin RECIPE FOLDER RANKS [--top-k K | --samples R]    # by one process
-    python -m fleetune.train.teach write RECIPE FOLDER                                    # by every rank
+    python -m fleetune.train.teach begin RECIPE FOLDER [--top-k K | --samples R]    # by one process
+    python -m fleetune.train.teach write RECIPE FOLDER                              # by every rank
+    python -m fleetune.train.teach end FOLDER                                       # by one process
 
 The first checks the recipe against FOLDER and writes down what is to be stored there. Then each rank runs the teacher
-over parts of its own, in rounds: so one that is cut over the ranks (teacher.deepspeed) is run by all of them at once.
-Each part is written beside and renamed, so what was broken off goes on, on as many ranks as there are then.
+over parts of its own, or all ranks together run one that is cut over them (teacher.deepspeed), for a part each. A part
+is written beside and renamed, so that what was broken off goes on, on as many ranks as there are then. The last seals
+the parts by their SHA-256, without which no recipe takes them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ from fleetune.batch import Batch
 from fleetune.losses import Distillation
 from fleetune.recipe import parse_recipe
 from fleetune.schema import Recipe, RecipeError, Teacher, teachers_of
+from fleetune.train import signals
 from fleetune.train.rank import run_rank
 from fleetune.train.report import print_report
 
@@ -34,28 +37,28 @@ if TYPE_CHECKING:
     from fleetune.train.teacher import LoadedTeacher
     from fleetune.train.token_cache import Chosen
 
-PART = 4096  # rows of a part at most
-SHARE = 4  # parts of each of several ranks at least, so that none waits long for the others at the end
+PART, LEAST_PART, PARTS = 4096, 256, 64  # rows of a part at most and at least; between them there are so many parts
+ELSEWHERE = "choose another folder with --out"
 TOP_K = 64  # classes of a language model's token
 
 
 # ---------------------------------------------------------------- what is to be stored
 
 
-def begin(
-    recipe: Recipe, folder: Path, ranks: int, top_k: int | None = None, samples: int | None = None
-) -> dict[str, Any]:
-    """Writes FOLDER/teacher.json, or finds that what it has is the same. Returns the teacher's key in the recipe.
+def begin(recipe: Recipe, folder: Path, top_k: int | None = None, samples: int | None = None) -> dict[str, Any]:
+    """Writes FOLDER/teacher.json, or finds that what it has is the same.
 
     Of a language model the top k classes of each token that is learnt are stored, 64 when absent, or so many samples.
+    Returns the teacher's key in the recipe, and how many parts are left to be written.
 
     Raises:
-        RecipeError: there is not one teacher to run, or FOLDER is of another teacher or other data.
+        RecipeError: there is not one teacher to run, or FOLDER is of another teacher or other data, or cannot be
+            written.
         DataError, ModelError: what the recipe names is not there.
     """
     from fleetune.train.data import prepare
     from fleetune.train.model import load_tokenizer
-    from fleetune.train.teacher import load_teacher_config, weights_digest
+    from fleetune.train.teacher import dtype_of, load_teacher_config, weights_digest
     from fleetune.train.teacher_cache import FORMAT, belongs_to
 
     key, teacher = _only_teacher(recipe)
@@ -64,15 +67,19 @@ def begin(
     split = data.splits["train"]
     config = load_teacher_config(recipe, teacher, key, tokenizer)
     of = {
-        "name": teacher.model_name_or_path,
+        "model_name_or_path": teacher.model_name_or_path,
         "revision": teacher.revision,
+        "dtype": str(dtype_of(recipe, teacher)).removeprefix("torch."),
         "weights": weights_digest(teacher, config),
     }
     stored = {"format": FORMAT, "teacher": of, **belongs_to(split, tokenizer, data.label_names)}
     if recipe.task == "causal_lm":
         stored["chosen"] = asdict(_chosen(recipe, config, top_k, samples))
-    _begin_folder(folder, stored, PART if ranks == 1 else min(PART, -(-len(split) // (ranks * SHARE))))
-    return {"key": key}
+    try:
+        _begin_folder(folder, stored, len(split))
+    except OSError as error:
+        raise RecipeError(f"{folder}: cannot be written: {error.strerror}") from error
+    return {"key": key, "left": len(_left(folder, runs.read_json(folder / "teacher.json")))}
 
 
 def _chosen(recipe: Recipe, teacher: Any, top_k: int | None, samples: int | None) -> Chosen:
@@ -99,39 +106,64 @@ def _only_teacher(recipe: Recipe) -> tuple[str, Teacher]:
     return named[0]
 
 
-def _begin_folder(folder: Path, stored: dict[str, Any], rows_of_a_part: int) -> None:
+def _begin_folder(folder: Path, stored: dict[str, Any], rows: int) -> None:
     """Raises RecipeError for a folder of something else."""
     from fleetune.train.teacher_cache import read
 
     there = read(folder)
     if there is not None:
-        different = [name for name in stored if there.get(name) != stored[name]]
-        if different == ["chosen"]:
-            kept = ", ".join(f"{name} {value}" for name, value in there["chosen"].items())
-            raise RecipeError(f"{folder}: is a cache of {kept}; choose another folder with --out")
-        if different:
-            raise RecipeError(f"{folder}: is a cache of another {different[0]}; choose another folder with --out")
+        for name, value in stored.items():
+            if there.get(name) != value:
+                raise RecipeError(f"{folder}: is a cache of {_other(name, there.get(name), value)}; {ELSEWHERE}")
         return
-    if folder.exists() and any(folder.iterdir()):
-        raise RecipeError(f"{folder}: is no cache, and not empty; choose another folder with --out")
+    if folder.exists() and any(not path.name.startswith(".teacher.json.") for path in folder.iterdir()):
+        raise RecipeError(f"{folder}: is no cache of this form, and not empty; {ELSEWHERE}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    runs.write_json(folder / "teacher.json", {**stored, "rows_of_a_part": rows_of_a_part, "parts": {}})
+    length = min(PART, max(LEAST_PART, -(-rows // PARTS)))
+    runs.write_json(folder / "teacher.json", {**stored, "all_rows": rows, "rows_of_a_part": length, "parts": {}})
+
+
+def _other(name: str, there: Any, wanted: Any) -> str:
+    """How what is stored differs from what was asked for."""
+    if name == "chosen":
+        return ", ".join(f"{key} {value}" for key, value in there.items())
+    if name == "teacher" and (keys := [key for key in wanted if there.get(key) != wanted[key]]) != ["weights"]:
+        return f"another teacher: its {keys[0]} is {there.get(keys[0])}, and this one's {wanted[keys[0]]}"
+    return f"another {name}"
+
+
+def _names(stored: dict[str, Any]) -> list[str]:
+    """Of all parts."""
+    suffix = "arrow" if "chosen" in stored else "parquet"
+    return [f"part-{number:05d}.{suffix}" for number in range(-(-stored["all_rows"] // stored["rows_of_a_part"]))]
+
+
+def _left(folder: Path, stored: dict[str, Any]) -> list[str]:
+    """The parts that are not there, or not as they were sealed."""
+    from fleetune.train.teacher_cache import digest_of
+
+    sealed = stored["parts"]
+    there = [name for name in _names(stored) if (folder / name).exists()]
+    whole = {name for name in there if name not in sealed or digest_of(folder / name) == sealed[name]}
+    return [name for name in _names(stored) if name not in whole]
 
 
 # ---------------------------------------------------------------- storing it
 
 
-def write(recipe: Recipe, folder: Path, world: World) -> None:
-    """Runs the teacher over the parts that are not there yet. Every rank calls it, for a folder that was begun.
+def write(recipe: Recipe, folder: Path, world: World) -> bool:
+    """Runs the teacher over the parts that are left. Every rank calls it, for a folder that was begun.
+
+    Returns whether it was done; not where a rank was asked to stop.
 
     Raises:
         DataError, ModelError: what the recipe names is not there.
     """
+    from fleetune.train import distributed
     from fleetune.train.data import prepare
-    from fleetune.train.distributed import gather_objects
     from fleetune.train.model import load_tokenizer, padding_id
     from fleetune.train.teacher import load_teacher
-    from fleetune.train.teacher_cache import digest_of, write_logits
+    from fleetune.train.teacher_cache import write_logits
     from fleetune.train.token_cache import write_tokens
 
     key, teacher = _only_teacher(recipe)
@@ -139,35 +171,56 @@ def write(recipe: Recipe, folder: Path, world: World) -> None:
     data = prepare(recipe, tokenizer)
     split, size = data.splits["train"], recipe.evaluation.per_device_eval_batch_size
     stored = runs.read_json(folder / "teacher.json")
-    parts, length = dict(stored["parts"]), int(stored["rows_of_a_part"])
-    suffix = "arrow" if "chosen" in stored else "parquet"
-    names = [f"part-{number:05d}.{suffix}" for number in range(-(-len(split) // length))]
-    mine = [name for name in names if name not in parts or digest_of(folder / name) != parts[name]]
-    left = gather_objects(mine, world)[0]  # the main rank's word for it
-    if left:
-        batch = Batch(size, 1, 1, size)
-        loaded = load_teacher(recipe, teacher, key, data.label_names, tokenizer, batch, world)
+    names, length = _names(stored), stored["rows_of_a_part"]
+    left: list[str] = distributed.gather_objects(_left(folder, stored) if world.is_main else [], world)[0]
+    is_cut = teacher.deepspeed.zero_stage > 0
+    if not is_cut:  # no rank waits for another from here on
+        distributed.stop()
+    together = world if is_cut else replace(world, rank=0, world_size=1)
+    signals.beat("load")
+    loaded = load_teacher(recipe, teacher, key, data.label_names, tokenizer, Batch(size, 1, 1, size), together)
+    write_part = write_tokens if "chosen" in stored else write_logits
+
+    def rows_of(name: str) -> Ints:
+        start = names.index(name) * length
+        return np.arange(start, min(start + length, len(split)))
+
     for first in range(0, len(left), world.world_size):
-        name = left[first + world.rank] if first + world.rank < len(left) else None
-        done = None
-        # Every layer of a teacher that is cut takes all ranks: they run it equally often, those without a part too.
-        if name is not None or teacher.deepspeed.zero_stage:
-            start = 0 if name is None else names.index(name) * length
-            rows = np.arange(start, min(start + length, len(split)))
-            pieces = list(_pieces(rows, split.lengths[rows], size))
-            if teacher.deepspeed.zero_stage:
-                pieces += pieces[:1] * (-(-length // size) - len(pieces))
-            said = _said(recipe, loaded, split, pieces, stored.get("chosen"), padding_id(tokenizer) or 0, world)
-            if name is not None:
-                write_part = write_logits if "chosen" not in stored else write_tokens
-                write_part(folder / name, split.index[rows], [said[row] for row in rows.tolist()])
-                done = name, str(digest_of(folder / name))
-        parts |= dict(one for one in gather_objects(done, world) if one is not None)
+        beside = left[first : first + world.world_size]
+        if world.rank >= len(beside) and not is_cut:
+            break
+        name = beside[min(world.rank, len(beside) - 1)]
+        rows = rows_of(name)
+        pieces = list(_pieces(rows, split.lengths[rows], size))
+        if is_cut:  # every layer takes all ranks: they run it equally often, those without a part too
+            most = max(-(-len(rows_of(other)) // size) for other in beside)
+            pieces += pieces[:1] * (most - len(pieces))
+        try:
+            said = _said(recipe, loaded, split, pieces, stored.get("chosen"), padding_id(tokenizer) or 0, together)
+        except signals.Stopped:
+            return False
+        if world.rank < len(beside):
+            write_part(folder / name, split.index[rows], [said[row] for row in rows.tolist()])
         if world.is_main:
-            runs.write_json(folder / "teacher.json", {**stored, "parts": parts})
-            print(f"taught {len(parts)} of {len(names)} parts", flush=True)
-    if world.is_main:
-        runs.write_json(folder / "teacher.json", {**stored, "parts": parts, "rows": len(split)})
+            there = sum((folder / other).exists() for other in names)
+            print(f"taught {there} of {len(names)} parts", flush=True)
+    return True
+
+
+def end(folder: Path) -> dict[str, Any]:
+    """Seals the parts, which are all there. Returns the number of rows, the labels, what was chosen, and the bytes.
+
+    Where they are as they were sealed, nothing is written.
+    """
+    from fleetune.train.teacher_cache import digest_of
+
+    stored = runs.read_json(folder / "teacher.json")
+    names = _names(stored)
+    sealed = {**stored, "parts": {name: digest_of(folder / name) for name in names}, "rows": stored["all_rows"]}
+    if sealed != stored:
+        runs.write_json(folder / "teacher.json", sealed)
+    size = sum((folder / name).stat().st_size for name in names)
+    return {"rows": stored["all_rows"], "labels": stored["labels"], "chosen": stored.get("chosen"), "bytes": size}
 
 
 def _pieces(rows: Ints, lengths: Ints, size: int) -> Iterator[Ints]:
@@ -185,12 +238,19 @@ def _said(
     pad_token_id: int,
     world: World,
 ) -> dict[int, Any]:
-    """What the teacher says of the rows of all pieces, by row: its logits, or the classes of each token."""
+    """What the teacher says of the rows of all pieces, by row: its logits, or the classes of each token.
+
+    Raises Stopped on every rank of `world`, when one of them is asked to stop.
+    """
     from fleetune.train.batches import collate
+    from fleetune.train.distributed import any_rank
     from fleetune.train.token_cache import Chosen, said_of_tokens
 
     found: dict[int, Any] = {}
     for piece in pieces:
+        signals.beat("teaching")
+        if any_rank([signals.stop_requested()], world)[0]:
+            raise signals.Stopped
         if chosen is not None:
             said = said_of_tokens(
                 teacher, split, piece, Chosen(**chosen), recipe.training.seed, pad_token_id, world.device
@@ -203,26 +263,25 @@ def _said(
     return found
 
 
-def _run(world: World) -> int:
+def _write(world: World) -> int:
     recipe_file, folder = Path(sys.argv[2]), Path(sys.argv[3])
-    write(parse_recipe(recipe_file.read_text(encoding="utf-8"), str(recipe_file)), folder, world)
-    return runs.DONE
+    done = write(parse_recipe(recipe_file.read_text(encoding="utf-8"), str(recipe_file)), folder, world)
+    return runs.DONE if done else runs.SAVED
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["begin"])
+def _begin(arguments: list[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(prog="fleetune.train.teach begin")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("ranks", type=int)
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--samples", type=int)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     recipe = parse_recipe(given.recipe.read_text(encoding="utf-8"), str(given.recipe))
-    return print_report(lambda: begin(recipe, given.folder, given.ranks, given.top_k, given.samples))
+    return begin(recipe, given.folder, given.top_k, given.samples)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["write"]:
-        run_rank(_run)
-    sys.exit(main())
+    if sys.argv[1] == "write":
+        run_rank(_write)
+    make = {"begin": lambda: _begin(sys.argv[2:]), "end": lambda: end(Path(sys.argv[2]))}[sys.argv[1]]
+    sys.exit(print_report(make))

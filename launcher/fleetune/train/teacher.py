@@ -77,7 +77,7 @@ def load_teacher(
     """One of them, by itself. Raises ModelError."""
     config = load_teacher_config(recipe, teacher, key, tokenizer)
     columns = label_columns(recipe, config, label_names, key)
-    model, engine, inputs = _placed(recipe, teacher, key, config, dtype or _dtype(recipe, teacher), batch, world)
+    model, engine, inputs = _placed(recipe, teacher, key, config, dtype or dtype_of(recipe, teacher), batch, world)
     return LoadedTeacher(
         config,
         1.0,
@@ -105,7 +105,8 @@ def _placed(
     return model, zero.inference_engine(model, settings), inputs
 
 
-def _dtype(recipe: Recipe, teacher: Teacher) -> torch.dtype:
+def dtype_of(recipe: Recipe, teacher: Teacher) -> torch.dtype:
+    """In which it runs: its own, or that of the training."""
     if teacher.dtype != "auto":
         return DTYPES[teacher.dtype]
     training = recipe.training

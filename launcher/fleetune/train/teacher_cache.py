@@ -3,7 +3,7 @@
 FOLDER/part-00000.parquet   row: its number in its source; logits (C,) in fp32, in the order of the data's labels
 FOLDER/part-00000.arrow     of a language model: classes of each token, as token_cache.py says
 FOLDER/teacher.json         whose they are and of what: teacher, tokens, data, labels; how many rows a part has;
-                            each part's SHA-256 once it is written, and how many rows there are once all are
+                            once all parts are written, the SHA-256 of each and how many rows there are
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from fleetune.train.batches import MicroBatch
 from fleetune.train.cache import tokenizer_hash
 from fleetune.train.data import Split
 from fleetune.train.sources import Ints
-from fleetune.train.token_cache import CachedTokens, open_tokens
+from fleetune.train.token_cache import CachedTokens, open_tokens, put_in_place
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -132,4 +132,4 @@ def write_logits(path: Path, rows: Ints, said: list[npt.NDArray[np.float32]]) ->
     values = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(logits.reshape(-1)), logits.shape[1])
     beside = path.with_suffix(".part")
     parquet.write_table(pyarrow.table({"row": rows, "logits": values}), beside)
-    beside.replace(path)
+    put_in_place(beside, path)

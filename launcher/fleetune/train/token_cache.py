@@ -10,6 +10,7 @@ and decoded row by row as training comes to them.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -134,6 +135,13 @@ def write_tokens(path: Path, rows: Ints, said: list[tuple[int, bytes, bytes]]) -
     beside = path.with_suffix(".part")
     with ipc.new_file(str(beside), table.schema) as file:
         file.write_table(table)
+    put_in_place(beside, path)
+
+
+def put_in_place(beside: Path, path: Path) -> None:
+    """Renames a file that is whole on the disk, so that a power loss leaves none that only seems so."""
+    with beside.open("rb+") as file:
+        os.fsync(file.fileno())
     beside.replace(path)
 
 
