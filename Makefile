@@ -11,7 +11,8 @@ quickstart: .venv/quickstart.stamp
 	$(BIN)/fleetune run recipes/quickstart.yaml $(RANKS) --baseline --fresh
 
 test: check
-	$(BIN)/pytest -m "not alone" -n 2 --dist loadfile
+	$(BIN)/pytest -m "not alone and not cluster" -n 2 --dist loadfile
+	$(BIN)/pytest -m cluster -n 2 --dist loadfile
 	$(BIN)/pytest -m alone
 
 check: .venv/test.stamp

@@ -26,14 +26,12 @@ if not count_gpus():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-# Judged by the clock, or in need of a cluster.
+# For the most part waiting for a cluster of their own.
+CLUSTER = ("cluster/", "integration/test_slurm")
+# Judged by the clock.
 ALONE = (
-    "cluster/",
     "integration/test_interruptions.py",
     "integration/test_run.py",
-    "integration/test_slurm.py",
-    "integration/test_slurm_recipes.py",
-    "integration/test_slurm_wandb.py",
     "integration/test_wandb_outages.py",
     "test_runs.py",
     "test_sync.py",
@@ -47,8 +45,10 @@ ALONE = (
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.relative_to(ROOT / "tests").as_posix().startswith(ALONE):
-            item.add_marker("alone")
+        path = item.path.relative_to(ROOT / "tests").as_posix()
+        for mark, files in (("alone", ALONE), ("cluster", CLUSTER)):
+            if path.startswith(files):
+                item.add_marker(mark)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -425,7 +425,7 @@ def of_teachers() -> Iterator[Fault]:
         ("teacher", {"losses": [{"kind": "cross_entropy"}]}, "no loss learns from it; losses that do: distillation, "),
         ("teachers", {"teachers": [one]}, "there is `teacher` already; use one of the two"),
         ("teacher", {"teacher": {}}, "needs model_name_or_path, or cache"),
-        ("teacher.cache", {"losses": soft, "teacher": one | stored, "data.augmentation": []}, "leave one out"),
+        ("teacher.cache", {"losses": soft, "teacher": one | stored, "data.augmentation": []}, "leave that out"),
         (
             "losses.1.kind",
             {"losses": [*soft, {"kind": "embedding"}], "teacher": stored, "data.augmentation": []},

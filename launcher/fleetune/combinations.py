@@ -251,7 +251,11 @@ def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
                 yield f"{name}.tail", teacher.tail, f"is of {name}.cache, and a teacher that runs has no tail"
         else:
             if teacher.model_name_or_path is not None:
-                yield f"{name}.cache", teacher.cache, f"stands in the place of {name}.model_name_or_path: leave one out"
+                yield (
+                    f"{name}.cache",
+                    teacher.cache,
+                    f"stands in the place of {name}.model_name_or_path: leave that out (null)",
+                )
             if teacher.dtype != "auto":
                 yield f"{name}.dtype", teacher.dtype, f"is of a teacher that runs, and {name}.cache stands for it"
             if recipe.task == "causal_lm":
@@ -277,7 +281,8 @@ def _token_cache_combinations(recipe: Recipe, name: str, wanting: list[Any]) -> 
     if recipe.kernels == "reference":
         yield "kernels", recipe.kernels, f"makes all logits, and {name}.cache is for the head that makes none; use auto"
     if recipe.teachers:
-        yield "teachers", ..., f"a language model learns from one cache alone: teacher: {{cache: ...}}, not {name}"
+        caches = [teacher.cache for teacher in recipe.teachers]
+        yield "teachers", caches, f"a language model learns from one cache alone: teacher: {{cache: ...}}, not {name}"
     for index, loss in wanting:
         if isinstance(loss, Distillation) and loss.divergence != "forward_kl":
             yield (

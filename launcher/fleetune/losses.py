@@ -27,7 +27,7 @@ def _layer_map(value: Any) -> Any:
 class CrossEntropy(Section):
     kind: Literal["cross_entropy"]
     """Minus the logarithm of the right class's probability, or of the next token's."""
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """What this loss is multiplied by in the sum of all."""
     label_smoothing: Fraction = 0.0
     """The share of the target that is spread evenly over all classes."""
@@ -38,7 +38,7 @@ class CrossEntropy(Section):
 class MeanSquaredError(Section):
     kind: Literal["mse"]
     """For regression: the squared error."""
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """What this loss is multiplied by in the sum of all."""
 
 
@@ -66,7 +66,7 @@ LayerMap = Annotated[Literal["uniform", "last"] | list[list[int]], BeforeValidat
 class Distillation(Section):
     kind: Literal["distillation"]
     """The teacher's soft targets: temperature² times the divergence of the student's from them."""
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """What this loss is multiplied by in the sum of all; it takes nothing off another's weight."""
     temperature: Annotated[float, Field(gt=0.0)] = 2.0
     """Both models' logits are divided by it: above 1, the unlikely classes say more."""
@@ -81,7 +81,7 @@ class Distillation(Section):
 class HiddenStates(Section):
     kind: Literal["hidden_states"]
     """Draws the student's layers to the teacher's, token by token."""
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """What this loss is multiplied by in the sum of all."""
     distance: Literal["mse", "cosine"] = "mse"
     """Mean squared difference over a token's features, or 1 minus their cosine."""
@@ -96,7 +96,7 @@ class HiddenStates(Section):
 class Embedding(Section):
     kind: Literal["embedding"]
     """Draws what the student's embedding gives for each token to the teacher's."""
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """What this loss is multiplied by in the sum of all."""
     distance: Literal["mse", "cosine"] = "mse"
     """As for hidden_states."""
@@ -107,7 +107,7 @@ class Embedding(Section):
 class Attention(Section):
     kind: Literal["attention"]
     """KL of where the teacher's heads look, or of how its values relate, from the student's, token by token."""
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """What this loss is multiplied by in the sum of all."""
     compare: Literal["maps", "values"] = "values"
     """maps: the attention itself, head by head (needs attn_implementation: eager, equal heads, no attention dropout);
@@ -142,7 +142,7 @@ Layer = Annotated[Literal["pooled", "logits", "probabilities"] | NotNegativeInt 
 
 
 class _Scheduled(Section):
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """What this loss is multiplied by in the sum of all, when its schedule has reached the whole of it."""
     schedule: Literal["constant", "linear", "sigmoid"] = "constant"
     """How the weight grows with the share p of training that is done: not at all, as p, or as 2 / (1 + exp(-10 p)) - 1

@@ -246,13 +246,31 @@ def head_warning(recipe: Recipe) -> str | None:
     """Where nothing trains the head, as in the first of two stages of distillation."""
     if any(loss.kind in OF_LOGITS for loss in losses_of(recipe)):
         return None
-    return f"no loss reaches the model's head, which stays as it is drawn; those that do: {', '.join(OF_LOGITS)}"
+    return f"no loss reaches the model's head, which stays as it is; those that do: {', '.join(OF_LOGITS)}"
 
 
 def teachers_of(recipe: Recipe) -> list[tuple[str, Teacher]]:
     """Each teacher with its key's path."""
     single = [] if recipe.teacher is None else [("teacher", recipe.teacher)]
     return single + [(f"teachers.{i}", teacher) for i, teacher in enumerate(recipe.teachers)]
+
+
+def teacher_to_store(recipe: Recipe) -> tuple[str, Teacher]:
+    """The one that `fleetune teach` runs, with its key's path. Raises RecipeError where there is none, or several."""
+    teachers = teachers_of(recipe)
+    running = [(key, teacher) for key, teacher in teachers if teacher.cache is None]
+    if not teachers:
+        raise RecipeError("teacher: is not there; `fleetune teach` stores that of teacher: {model_name_or_path: ...}")
+    if not running:
+        key, teacher = teachers[0]
+        raise RecipeError(
+            f"{key}.cache = {teacher.cache!r}: is stored already; to store it anew, {key}.cache=null "
+            f"{key}.model_name_or_path=..."
+        )
+    if len(running) > 1:
+        names = [teacher.model_name_or_path for _, teacher in running]
+        raise RecipeError(f"teachers = {names}: `fleetune teach` stores one; give it a recipe with that one alone")
+    return running[0]
 
 
 def sources_of(recipe: Recipe) -> list[tuple[str, Source]]:

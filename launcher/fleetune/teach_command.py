@@ -12,7 +12,7 @@ from fleetune.preparing import plan, prepare, recipe_file
 from fleetune.terminal import Nproc, Overrides, RecipeFile, answer_of, fail, load
 
 if TYPE_CHECKING:
-    from fleetune.cluster.local import Layout
+    from fleetune.cluster.local import Layout, Stop
     from fleetune.schema import Recipe
 
 
@@ -33,7 +33,9 @@ def teach(
     """Run a recipe's teacher once over the training rows and store what it says, for `teacher.cache`."""
     import shlex
 
-    from fleetune.losses import OF_LAYERS
+    from fleetune.cluster import local
+    from fleetune.runs import SAVED
+    from fleetune.schema import RecipeError
 
     if top_k is not None and samples is not None:
         fail(f"--samples {samples}: stands in the place of --top-k; leave one out")
@@ -42,21 +44,58 @@ def teach(
         option = f"--top-k {top_k}" if top_k else f"--samples {samples}"
         fail(f"{option}: is of a language model; of task: {given.task} all logits are stored")
     chosen = ["--top-k", str(top_k)] if top_k else ["--samples", str(samples)] if samples else []
+    folder = out or Path(given.output_dir) / f"{given.name}-taught"
+    try:
+        words = _trains_with_it(recipe, given, folder)
+    except RecipeError as error:
+        fail(f"{recipe}: {error}")
     layout = plan(1, nproc_per_node)
-    loaded, _ = prepare(recipe, given, overrides, None)
-    folder = out or Path(loaded.output_dir) / f"{loaded.name}-taught"
-    key, taught = _store(loaded, layout, folder, chosen)
+    with local.stopping() as stop:
+        try:
+            loaded, _ = prepare(recipe, given, overrides, None, stop)
+            taught = _store(loaded, layout, folder, chosen, stop)
+        except local.StoppedEarly:
+            typer.echo("stopped before the teacher ran; the same command goes on")
+            raise typer.Exit(SAVED) from None
+        except KeyboardInterrupt:
+            fail(f"{folder}: stopped at once; the same command goes on", 130)
     kinds = {"top": "the top {} classes of each token", "samples": "{} samples of each token"}
     what = kinds[taught["chosen"]["kind"]].format(taught["chosen"]["count"]) if taught["chosen"] else ""
     what = what or f"{len(taught['labels'])} logits"
     typer.echo(f"{folder}: {what} of {taught['rows']} rows, {sizes.volume(taught['bytes'])}")
-    typer.echo(f"train with it: {key}.model_name_or_path=null {shlex.quote(f'{key}.cache={folder}')}")
-    if beyond := list(dict.fromkeys(loss.kind for loss in loaded.losses if loss.kind in OF_LAYERS)):
-        typer.echo(f"and without the losses of kind {', '.join(beyond)}, which need the teacher itself")
+    typer.echo(f"train with it: {' '.join(map(shlex.quote, words))}")
 
 
-def _store(recipe: Recipe, layout: Layout, folder: Path, chosen: list[str]) -> tuple[str, dict[str, Any]]:
-    """The teacher's key, and what was stored; leaves the program where it fails or is asked to stop."""
+def _trains_with_it(file: Path, recipe: Recipe, folder: Path) -> list[str]:
+    """The overrides that train with what is stored: without the losses that need the teacher itself.
+
+    Raises RecipeError where no such training is possible, which is better known before the teacher has run.
+    """
+    import json
+
+    from fleetune.losses import OF_LAYERS
+    from fleetune.recipe import dump_recipe, parse_recipe
+    from fleetune.schema import RecipeError, teacher_to_store
+
+    key, teacher = teacher_to_store(recipe)
+    words = [f"{key}.model_name_or_path=null", f"{key}.cache={folder}"]
+    words += [f"{key}.dtype=auto"] if teacher.dtype != "auto" else []
+    left = [loss for loss in recipe.losses if loss.kind not in OF_LAYERS]
+    if left != list(recipe.losses):
+        words.append(f"losses={json.dumps([loss.model_dump(mode='json', exclude_defaults=True) for loss in left])}")
+    stored = teacher.model_copy(update={"model_name_or_path": None, "cache": str(folder), "dtype": "auto"})
+    changed: dict[str, Any] = {"losses": left, "teacher": stored}
+    if key != "teacher":
+        changed = {"losses": left, "teachers": [stored if one is teacher else one for one in recipe.teachers]}
+    try:
+        parse_recipe(dump_recipe(recipe.model_copy(update=changed)), str(file))
+    except RecipeError as error:
+        raise RecipeError(f"no training could use what would be stored:\n{error}") from None
+    return words
+
+
+def _store(recipe: Recipe, layout: Layout, folder: Path, chosen: list[str], stop: Stop) -> dict[str, Any]:
+    """What was stored; leaves the program where it fails or is asked to stop."""
     from fleetune import runs
     from fleetune.cluster import local
     from fleetune.schema import RecipeError
@@ -64,22 +103,24 @@ def _store(recipe: Recipe, layout: Layout, folder: Path, chosen: list[str]) -> t
     run = runs.Run(folder)
     with recipe_file(recipe) as file:
         begun = answer_of("teach", ["begin", file, str(folder), *chosen])
+        if stop:
+            raise local.StoppedEarly
         if begun["left"]:
             program = ["fleetune.train.teach", "write", file, str(folder)]
             logs = run.logs(len(list((folder / "logs").glob("*"))) + 1)
             try:
-                with runs.lease(run) as lease, local.stopping() as stop:
+                with runs.lease(run) as lease:
                     code, reason = local.run_program(layout, program, logs, typer.echo, stop, lease.beat)
             except RecipeError as error:
                 fail(str(error))
             except OSError as error:
                 fail(f"{folder}: cannot be written: {error.strerror}")
-            except KeyboardInterrupt:
-                fail(f"{folder}: stopped at once; the same command goes on", 130)
             if code == runs.SAVED:
                 typer.echo(f"{folder}: {reason}; the same command goes on")
                 raise typer.Exit(runs.SAVED)
             if code:
                 more = "\n  the same command goes on with what is stored" if code == runs.FAILED else ""
                 fail(f"{folder}: {reason}{more}", code)
-    return begun["key"], answer_of("teach", ["end", str(folder)])
+        else:
+            typer.echo(f"{folder}: was stored before")
+    return answer_of("teach", ["end", str(folder)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,20 @@ def test_from_scratch_has_the_architecture_and_weights_of_its_own(folder: Path) 
     matrices = {name for name in shapes if name.endswith(".weight") and "LayerNorm" not in name}
     for unlike in (pretrained, other):
         assert not (equal(one, unlike) & matrices)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused_by_name(folder: Path) -> None:
+    narrow = recipe(folder, config={"intermediate_size": 8})
+    with pytest.raises(ModelError, match="its weights have other shapes than its config with model.config; model.from"):
+        built(narrow)
+
+
+def test_weights_that_were_cut_short_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ModelError, match=r"model_name_or_path = '.*cut': cannot be loaded: "):
+        built(recipe(tmp_path / "cut"))
 
 
 def test_the_state_of_the_global_generator_does_not_matter(folder: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,15 +18,17 @@ import torch
 from ranks import make_run, train_together
 from taught import teach_on_two_ranks
 from tiny import recipe_values, write_model, write_rows
+from typer.testing import CliRunner
 
 from fleetune.batch import Batch
-from fleetune.schema import Recipe, RecipeError, teachers_of
+from fleetune.cli import app
+from fleetune.schema import Recipe, RecipeError, teacher_to_store, teachers_of
 from fleetune.train import teach as teach_module
 from fleetune.train.alignment import Outputs
 from fleetune.train.batches import collate
 from fleetune.train.data import prepare
 from fleetune.train.distributed import World
-from fleetune.train.model import load_tokenizer
+from fleetune.train.model import ModelError, load_tokenizer
 from fleetune.train.prepare import prepare_recipe
 from fleetune.train.teach import begin, end, write
 from fleetune.train.teacher import load_teachers
@@ -169,7 +173,7 @@ def test_asked_to_stop_it_keeps_the_parts_that_are_whole(
     monkeypatch.setattr(teach_module.signals, "stop_requested", first.exists)
     assert not write(recipe(folder), tmp_path / "taught", ALONE)
     assert first.read_bytes() == (cache / first.name).read_bytes()
-    assert begin(recipe(folder), tmp_path / "taught") == {"key": "teacher", "left": 2}
+    assert begin(recipe(folder), tmp_path / "taught") == {"left": 2}
 
 
 def test_a_teacher_of_another_precision_does_not_go_on(folder: Path, cache: Path) -> None:
@@ -182,6 +186,59 @@ def test_what_a_full_disk_left_of_its_start_is_no_hindrance(folder: Path, tmp_pa
     (tmp_path / "taught").mkdir()
     (tmp_path / "taught" / ".teacher.json.host.7").touch()
     assert begin(recipe(folder), tmp_path / "taught")["left"] == 1
+
+
+def test_a_part_that_was_damaged_before_all_were_there_is_written_anew(
+    folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teach_module, "PART", PART)
+    shutil.copytree(cache, tmp_path / "mine")
+    _half(tmp_path / "mine")
+    (tmp_path / "mine" / "part-00000.parquet").write_bytes(b"PAR1")
+    assert begin(recipe(folder), tmp_path / "mine")["left"] == 2
+    teach(recipe(folder), tmp_path / "mine")
+    for path in cache.iterdir():
+        assert (tmp_path / "mine" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_folder_without_a_part_is_begun_anew(folder: Path, tmp_path: Path) -> None:
+    begin(recipe(folder), tmp_path / "taught")
+    (tmp_path / "taught" / "logs").mkdir()
+    other = recipe(folder, teacher={"model_name_or_path": str(folder / "another")})
+    assert begin(other, tmp_path / "taught")["left"] == 1
+    stored = json.loads((tmp_path / "taught" / "teacher.json").read_text(encoding="utf-8"))
+    assert stored["teacher"]["model_name_or_path"] == str(folder / "another")
+
+
+def test_logits_that_are_no_numbers_are_not_stored(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    weights = load_file(tmp_path / "teacher" / "model.safetensors")
+    weights["classifier.bias"][1] = float("nan")
+    save_file(weights, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    broken = recipe(folder, teacher={"model_name_or_path": str(tmp_path / "teacher")})
+    with pytest.raises(
+        ModelError, match=r"its logits of training row \d+ are not finite: it is damaged, or teacher.dtype"
+    ):
+        teach(broken, tmp_path / "taught")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"teacher": None}, r"teacher: is not there; `fleetune teach` stores that of teacher: \{model_name_or_path"),
+        ({"teacher": {"cache": "x"}}, r"teacher.cache = '.*x': is stored already; .* teacher.cache=null teacher.model"),
+        ({"teacher": None, "teachers": [{"model_name_or_path": "hub/a"}, {"model_name_or_path": "hub/b"}]},
+         r"teachers = \['hub/a', 'hub/b'\]: `fleetune teach` stores one"),
+    ],
+)  # fmt: skip
+def test_it_takes_one_teacher(folder: Path, values: dict[str, Any], said: str) -> None:
+    given = recipe_values(folder, "tiny", losses=[{"kind": "cross_entropy"}], **values)
+    if values["teacher"] or "teachers" in values:
+        given["losses"].append({"kind": "distillation"})
+    with pytest.raises(RecipeError, match=said):
+        teacher_to_store(Recipe.model_validate(given))
 
 
 def test_what_is_whole_is_not_touched(folder: Path, cache: Path) -> None:
@@ -224,6 +281,8 @@ def _another_data(folder: Path) -> dict[str, Any]:
 def _half(cache: Path) -> None:
     """As it is when it is broken off."""
     stored = json.loads((cache / "teacher.json").read_text(encoding="utf-8"))
+    for name, digest in stored["parts"].items():
+        (cache / f"{name}.sha256").write_text(digest, encoding="ascii")
     stored.pop("rows")
     (cache / "teacher.json").write_text(json.dumps({**stored, "parts": {}}), encoding="utf-8")
     (cache / "part-00001.parquet").unlink()
@@ -237,8 +296,8 @@ def _damaged(cache: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "harm", "said"),
     [
-        (_another_data, None, r"teacher\.cache = .*: is of other data; teach with this recipe"),
-        (lambda _: {"data": {"max_length": 8}}, None, "is of other data"),
+        (_another_data, None, r"teacher\.cache = .*: is of other data; teach anew for this recipe, to another folder"),
+        (lambda _: {"data": {"max_length": 8}}, None, r"other data \(data.max_length: 32 there, 8 here\)"),
         (lambda _: {"model": {"label_names": ["no", "yes"]}}, None, "is of other labels: 0, 1"),
         (lambda _: {}, _damaged, r"part-00002\.parquet is damaged or gone"),
         (lambda _: {}, lambda cache: (cache / "teacher.json").unlink(), "there is no teacher.json"),
@@ -275,12 +334,18 @@ def test_another_teacher_takes_another_folder(folder: Path, cache: Path) -> None
         teach(other, cache)
 
 
-def command(folder: Path, tmp_path: Path, *words: str, **sections: Any) -> subprocess.CompletedProcess[str]:
+def started(folder: Path, tmp_path: Path, *words: str, **sections: Any) -> subprocess.Popen[str]:
     file = tmp_path / "recipe.yaml"
     values = recipe(folder, **sections).model_dump(mode="json", exclude={"output_dir"})
     file.write_text(json.dumps(values), encoding="utf-8")
-    words = ("teach", str(file), "--out", str(tmp_path / "out"), *words)
-    return subprocess.run([sys.executable, "-m", "fleetune.cli", *words], capture_output=True, text=True, check=False)
+    words = (sys.executable, "-m", "fleetune.cli", "teach", str(file), "--out", str(tmp_path / "out"), *words)
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def command(folder: Path, tmp_path: Path, *words: str, **sections: Any) -> subprocess.CompletedProcess[str]:
+    with started(folder, tmp_path, *words, **sections) as process:
+        output, errors = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(words, process.returncode, output, errors)
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
@@ -293,7 +358,8 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert "rows" in json.loads((tmp_path / "out" / "teacher.json").read_text(encoding="utf-8"))
     (tmp_path / "out" / "logs").rename(tmp_path / "logs")
     again = command(folder, tmp_path)
-    assert again.stdout == done.stdout.removeprefix("taught 1 of 1 parts\n")
+    before = f"{tmp_path / 'out'}: was stored before\n"
+    assert again.stdout == done.stdout.replace("taught 1 of 1 parts\n", before)
     assert not (tmp_path / "out" / "logs").exists()  # no rank was started
 
 
@@ -310,3 +376,38 @@ def test_the_command_fails_in_one_line(folder: Path, tmp_path: Path) -> None:
     failed = command(folder, tmp_path, teacher={"model_name_or_path": str(copied)})
     assert failed.returncode == 3
     assert "goes on" not in failed.stderr  # not before it is mended
+
+
+def test_the_command_stops_when_asked_and_goes_on(folder: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "many.jsonl", 4000)
+    many = {"data": {"train": {"path": str(tmp_path / "many.jsonl")}}}
+    with started(folder, tmp_path, **many) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "taught 1 of 16 parts\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 75
+        assert process.stdout.read().endswith("out: stopped and saved by SIGTERM; the same command goes on\n")
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
+    assert 0 < len(kept) < 16
+    assert command(folder, tmp_path, **many).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_what_no_training_could_use_is_refused_first(folder: Path, tmp_path: Path) -> None:
+    failed = command(folder, tmp_path, data={"augmentation": [{"kind": "word_dropout"}]})
+    assert failed.returncode == 2
+    assert "data.augmentation = ['word_dropout']: changes the rows that teacher.cache is of" in failed.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_how_to_train_with_it(folder: Path, tmp_path: Path) -> None:
+    """Word for word, where some losses need the teacher itself too."""
+    file = tmp_path / "recipe.yaml"
+    losses = [{"kind": "cross_entropy", "weight": 0.5}, {"kind": "distillation"}, {"kind": "hidden_states"}]
+    values = recipe_values(folder, "tiny", losses=losses, teacher={"model_name_or_path": str(folder / "teacher")})
+    file.write_text(json.dumps(values), encoding="utf-8")
+    taught = CliRunner().invoke(app, ["teach", str(file), "--out", str(tmp_path / "out")])
+    words = shlex.split(taught.stdout.rpartition("train with it: ")[2])
+    assert words[2] == 'losses=[{"kind": "cross_entropy", "weight": 0.5}, {"kind": "distillation"}]'
+    checked = CliRunner().invoke(app, ["check", str(file), *words])
+    assert checked.exit_code == 0, checked.output

@@ -249,7 +249,7 @@ def run_program(
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fleetune-beats-") as beats:
         ranks = _Ranks(layout, logs, watch, Path(beats), program)
-        return ranks.wait(beat, stop or Stop(), None)
+        return ranks.wait(beat, Stop() if stop is None else stop, None)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from fleetune.model_section import Model
@@ -140,12 +141,18 @@ def load(kind: Any, model: Model | Teacher, key: str = "model", **keywords: Any)
             trust_remote_code=model.trust_remote_code,
             **keywords,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+            raise  # nothing that is said of the files
         from huggingface_hub import constants
 
         reason = " ".join(str(error).split())
+        if isinstance(error, RuntimeError):
+            reason = "its weights have other shapes than its config"
+            if key == "model":
+                reason += " with model.config; model.from_scratch: true trains without them"
         if constants.HF_HUB_OFFLINE and not _is_at_hand(model.model_name_or_path):
             reason = (
                 "there is no such folder, nor such a model in the hub's cache, and HF_HUB_OFFLINE forbids to ask it"

@@ -13,6 +13,7 @@ the parts by their SHA-256, without which no recipe takes them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -25,7 +26,7 @@ from fleetune import runs
 from fleetune.batch import Batch
 from fleetune.losses import Distillation
 from fleetune.recipe import parse_recipe
-from fleetune.schema import Recipe, RecipeError, Teacher, teachers_of
+from fleetune.schema import Recipe, RecipeError, teacher_to_store
 from fleetune.train import signals
 from fleetune.train.rank import run_rank
 from fleetune.train.report import print_report
@@ -49,7 +50,7 @@ def begin(recipe: Recipe, folder: Path, top_k: int | None = None, samples: int |
     """Writes FOLDER/teacher.json, or finds that what it has is the same.
 
     Of a language model the top k classes of each token that is learnt are stored, 64 when absent, or so many samples.
-    Returns the teacher's key in the recipe, and how many parts are left to be written.
+    Returns how many parts are left to be written.
 
     Raises:
         RecipeError: there is not one teacher to run, or FOLDER is of another teacher or other data, or cannot be
@@ -59,9 +60,11 @@ def begin(recipe: Recipe, folder: Path, top_k: int | None = None, samples: int |
     from fleetune.train.data import prepare
     from fleetune.train.model import load_tokenizer
     from fleetune.train.teacher import dtype_of, load_teacher_config, weights_digest
-    from fleetune.train.teacher_cache import FORMAT, belongs_to
+    from fleetune.train.teacher_cache import FORMAT, belongs_to, known_of
 
-    key, teacher = _only_teacher(recipe)
+    if recipe.task == "regression":
+        raise RecipeError(f"task = {recipe.task!r}: soft targets, which `fleetune teach` stores, are of classes")
+    key, teacher = teacher_to_store(recipe)
     tokenizer = load_tokenizer(recipe)
     data = prepare(recipe, tokenizer)
     split = data.splits["train"]
@@ -76,10 +79,10 @@ def begin(recipe: Recipe, folder: Path, top_k: int | None = None, samples: int |
     if recipe.task == "causal_lm":
         stored["chosen"] = asdict(_chosen(recipe, config, top_k, samples))
     try:
-        _begin_folder(folder, stored, len(split))
+        _begin_folder(folder, stored, known_of(recipe, split))
     except OSError as error:
         raise RecipeError(f"{folder}: cannot be written: {error.strerror}") from error
-    return {"key": key, "left": len(_left(folder, runs.read_json(folder / "teacher.json")))}
+    return {"left": len(_left(folder, runs.read_json(folder / "teacher.json")))}
 
 
 def _chosen(recipe: Recipe, teacher: Any, top_k: int | None, samples: int | None) -> Chosen:
@@ -97,39 +100,37 @@ def _chosen(recipe: Recipe, teacher: Any, top_k: int | None, samples: int | None
     return Chosen("top", min(top_k or TOP_K, vocabulary), temperatures[0], vocabulary)
 
 
-def _only_teacher(recipe: Recipe) -> tuple[str, Teacher]:
-    if recipe.task == "regression":
-        raise RecipeError(f"task = {recipe.task!r}: soft targets, which `fleetune teach` stores, are of classes")
-    named = [(key, teacher) for key, teacher in teachers_of(recipe) if teacher.cache is None]
-    if len(named) != 1:
-        raise RecipeError(f"teacher: there are {len(named)} to be run; `fleetune teach` runs one")
-    return named[0]
-
-
-def _begin_folder(folder: Path, stored: dict[str, Any], rows: int) -> None:
-    """Raises RecipeError for a folder of something else."""
-    from fleetune.train.teacher_cache import read
+def _begin_folder(folder: Path, stored: dict[str, Any], known: dict[str, Any]) -> None:
+    """Raises RecipeError for a folder of something else; one that no part was written to yet is begun anew."""
+    from fleetune.train.teacher_cache import differences, read
 
     there = read(folder)
-    if there is not None:
+    if there is not None and any(folder.glob("part-*")):
         for name, value in stored.items():
             if there.get(name) != value:
-                raise RecipeError(f"{folder}: is a cache of {_other(name, there.get(name), value)}; {ELSEWHERE}")
+                what = (
+                    _other(name, there.get(name), value) if name != "data" else f"other data{differences(there, known)}"
+                )
+                raise RecipeError(f"{folder}: is a cache of {what}; {ELSEWHERE}")
         return
-    if folder.exists() and any(not path.name.startswith(".teacher.json.") for path in folder.iterdir()):
-        raise RecipeError(f"{folder}: is no cache of this form, and not empty; {ELSEWHERE}")
+    leavings = ("teacher.json", "logs") if there is not None else ()
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if any(name not in leavings and not name.startswith(".teacher.json.") for name in names):
+        raise RecipeError(f"{folder}: is no cache of this form, and not empty; remove it, or {ELSEWHERE}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    length = min(PART, max(LEAST_PART, -(-rows // PARTS)))
-    runs.write_json(folder / "teacher.json", {**stored, "all_rows": rows, "rows_of_a_part": length, "parts": {}})
+    length = min(PART, max(LEAST_PART, -(-known["rows"] // PARTS)))
+    more = {"known": known, "all_rows": known["rows"], "rows_of_a_part": length, "parts": {}}
+    runs.write_json(folder / "teacher.json", {**stored, **more})
 
 
 def _other(name: str, there: Any, wanted: Any) -> str:
     """How what is stored differs from what was asked for."""
     if name == "chosen":
-        return ", ".join(f"{key} {value}" for key, value in there.items())
+        one, other = (", ".join(f"{key} {value}" for key, value in each.items()) for each in (there, wanted))
+        return f"{one}, and asked for are {other}"
     if name == "teacher" and (keys := [key for key in wanted if there.get(key) != wanted[key]]) != ["weights"]:
         return f"another teacher: its {keys[0]} is {there.get(keys[0])}, and this one's {wanted[keys[0]]}"
-    return f"another {name}"
+    return f"{'another' if name == 'teacher' else 'other'} {name}"
 
 
 def _names(stored: dict[str, Any]) -> list[str]:
@@ -142,10 +143,18 @@ def _left(folder: Path, stored: dict[str, Any]) -> list[str]:
     """The parts that are not there, or not as they were sealed."""
     from fleetune.train.teacher_cache import digest_of
 
-    sealed = stored["parts"]
-    there = [name for name in _names(stored) if (folder / name).exists()]
-    whole = {name for name in there if name not in sealed or digest_of(folder / name) == sealed[name]}
-    return [name for name in _names(stored) if name not in whole]
+    return [name for name in _names(stored) if digest_of(folder / name) != _sealed(folder, stored, name)]
+
+
+def _sealed(folder: Path, stored: dict[str, Any], name: str) -> str:
+    """The SHA-256 that a part was written with, or "-"; it stands beside the part until all are there."""
+    with contextlib.suppress(OSError):
+        return _seal(folder, name).read_text(encoding="ascii").strip()
+    return str(stored["parts"].get(name, "-"))
+
+
+def _seal(folder: Path, name: str) -> Path:
+    return folder / f"{name}.sha256"
 
 
 # ---------------------------------------------------------------- storing it
@@ -161,12 +170,12 @@ def write(recipe: Recipe, folder: Path, world: World) -> bool:
     """
     from fleetune.train import distributed
     from fleetune.train.data import prepare
-    from fleetune.train.model import load_tokenizer, padding_id
+    from fleetune.train.model import ModelError, load_tokenizer, padding_id
     from fleetune.train.teacher import load_teacher
-    from fleetune.train.teacher_cache import write_logits
+    from fleetune.train.teacher_cache import digest_of, write_logits
     from fleetune.train.token_cache import write_tokens
 
-    key, teacher = _only_teacher(recipe)
+    key, teacher = teacher_to_store(recipe)
     tokenizer = load_tokenizer(recipe)
     data = prepare(recipe, tokenizer)
     split, size = data.splits["train"], recipe.evaluation.per_device_eval_batch_size
@@ -199,26 +208,33 @@ def write(recipe: Recipe, folder: Path, world: World) -> bool:
             said = _said(recipe, loaded, split, pieces, stored.get("chosen"), padding_id(tokenizer) or 0, together)
         except signals.Stopped:
             return False
+        except FloatingPointError as error:
+            named = f"{key}.model_name_or_path = {teacher.model_name_or_path!r}"
+            kind = stored["teacher"]["dtype"]
+            raise ModelError(f"{named}: {error}: it is damaged, or {key}.dtype = {kind} too narrow for it") from error
         if world.rank < len(beside):
+            _seal(folder, name).unlink(missing_ok=True)
             write_part(folder / name, split.index[rows], [said[row] for row in rows.tolist()])
+            runs.write_text(_seal(folder, name), f"{digest_of(folder / name)}\n")
         if world.is_main:
-            there = sum((folder / other).exists() for other in names)
-            print(f"taught {there} of {len(names)} parts", flush=True)
+            missing = sum(not _seal(folder, other).exists() for other in left)
+            print(f"taught {len(names) - missing} of {len(names)} parts", flush=True)
     return True
 
 
 def end(folder: Path) -> dict[str, Any]:
     """Seals the parts, which are all there. Returns the number of rows, the labels, what was chosen, and the bytes.
 
-    Where they are as they were sealed, nothing is written.
+    Where they were sealed before, nothing is written.
     """
-    from fleetune.train.teacher_cache import digest_of
-
     stored = runs.read_json(folder / "teacher.json")
     names = _names(stored)
-    sealed = {**stored, "parts": {name: digest_of(folder / name) for name in names}, "rows": stored["all_rows"]}
-    if sealed != stored:
-        runs.write_json(folder / "teacher.json", sealed)
+    parts = {name: _sealed(folder, stored, name) for name in names}
+    if "rows" not in stored or parts != stored["parts"]:
+        runs.write_json(folder / "teacher.json", {**stored, "parts": parts, "rows": stored["all_rows"]})
+    for name in names:
+        with contextlib.suppress(OSError):
+            _seal(folder, name).unlink(missing_ok=True)
     size = sum((folder / name).stat().st_size for name in names)
     return {"rows": stored["all_rows"], "labels": stored["labels"], "chosen": stored.get("chosen"), "bytes": size}
 
@@ -240,8 +256,11 @@ def _said(
 ) -> dict[int, Any]:
     """What the teacher says of the rows of all pieces, by row: its logits, or the classes of each token.
 
-    Raises Stopped on every rank of `world`, when one of them is asked to stop.
+    Raises Stopped on every rank of `world`, when one of them is asked to stop; FloatingPointError for
+    what is not finite.
     """
+    import torch
+
     from fleetune.train.batches import collate
     from fleetune.train.distributed import any_rank
     from fleetune.train.token_cache import Chosen, said_of_tokens
@@ -259,6 +278,9 @@ def _said(
         else:
             logits = teacher(collate(split, piece, pad_token_id).to(world.device)).logits
             assert logits is not None
+            if not torch.isfinite(logits).all():
+                bad_row = int(split.index[piece[int((~torch.isfinite(logits)).any(-1).nonzero()[0])]])
+                raise FloatingPointError(f"its logits of training row {bad_row} are not finite")
             found.update(zip(piece.tolist(), logits.float().cpu().numpy(), strict=True))
     return found
 

@@ -55,11 +55,14 @@ def check_cache(
     where, folder = f"{key}.cache = {teacher.cache!r}", Path(str(teacher.cache))
     stored = read(folder)
     if stored is None:
-        raise RecipeError(f"{where}: there is no teacher.json of this form: `fleetune teach RECIPE` writes one")
+        raise RecipeError(
+            f"{where}: there is no teacher.json of this form; `fleetune teach` writes one, to a new folder"
+        )
     for name, value in belongs_to(split, tokenizer, label_names).items():
         if stored.get(name) != value:
             others = f": {', '.join(map(str, stored[name]))}" if name == "labels" and name in stored else ""
-            raise RecipeError(f"{where}: is of other {name}{others}; teach with this recipe")
+            others = differences(stored, known_of(recipe, split)) if name == "data" else others
+            raise RecipeError(f"{where}: is of other {name}{others}; teach anew for this recipe, to another folder")
     if recipe.task == "causal_lm":
         _check_chosen(recipe, where, stored.get("chosen", {}), recipe.model.resize_embeddings or config.vocab_size)
     if stored.get("rows") != len(split):
@@ -75,7 +78,7 @@ def _check_chosen(recipe: Recipe, where: str, chosen: dict[str, Any], rows: int)
         if isinstance(loss, Distillation) and chosen.get("temperature") != loss.temperature:
             raise RecipeError(
                 f"{where}: is of temperature {chosen.get('temperature')}, and losses.{index}.temperature is "
-                f"{loss.temperature}: a few classes cannot be turned to another; teach with this recipe"
+                f"{loss.temperature}: a few classes cannot be turned to another; teach anew, to another folder"
             )
     if chosen["vocabulary"] > rows:
         raise RecipeError(f"{where}: is of {chosen['vocabulary']} classes, and the student's head has {rows}")
@@ -113,6 +116,27 @@ def open_cache(teacher: Teacher, share: float) -> CachedTeacher | CachedTokens:
     logits = np.concatenate([np.stack(table["logits"].to_numpy(zero_copy_only=False)) for table in tables])
     order = np.argsort(rows)
     return CachedTeacher(share, rows[order], torch.from_numpy(logits[order]))
+
+
+def known_of(recipe: Recipe, split: Split) -> dict[str, Any]:
+    """What a person would look at where the data are others."""
+    data = recipe.data
+    return {
+        "rows": len(split),
+        "data.max_length": data.max_length,
+        "training.seed": recipe.training.seed if data.validation_fraction else None,
+    }
+
+
+def differences(stored: dict[str, Any], known: dict[str, Any]) -> str:
+    """What of `known` is another in what is stored: " (rows: 90 there, 80 here)"; "" where all is alike."""
+    there, notes = stored.get("known", {}), {"training.seed": ", which chooses the rows of data.validation_fraction"}
+    found = [
+        f"{name}: {there.get(name)} there, {value} here{notes.get(name, '')}"
+        for name, value in known.items()
+        if there.get(name) != value
+    ]
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def belongs_to(split: Split, tokenizer: Any, label_names: list[str]) -> dict[str, Any]:

@@ -112,7 +112,8 @@ def said_of_tokens(
 ) -> list[tuple[int, bytes, bytes]]:
     """Of each row, which are run as one batch: its tokens that are learnt, their ids and log-probabilities in code.
 
-    Samples are drawn from `seed` and the row's number. A collective where the teacher is cut over the ranks.
+    Samples are drawn from `seed` and the row's number. A collective where the teacher is cut over the ranks. Raises
+    FloatingPointError for logits that are not finite.
     """
     batch = collate_tokens(split, [rows[i : i + 1] for i in range(len(rows))], pad_token_id)
     outputs = teacher(batch.to(device))
@@ -122,6 +123,8 @@ def said_of_tokens(
         for at, (row, labels) in enumerate(zip(rows.tolist(), batch.labels, strict=True)):
             learnt = _logits(outputs, at, labels != IGNORED)[:, : chosen.vocabulary].float()
             log_probs = torch.log_softmax(learnt / chosen.temperature, -1)
+            if torch.isnan(log_probs).any():
+                raise FloatingPointError(f"its logits of training row {int(split.index[row])} are not finite")
             ids = _choose(log_probs, chosen, [seed, int(split.index[row])])
             picked = log_probs.gather(1, ids).cpu().numpy()
             found.append((len(learnt), encode_ids(ids.cpu().numpy()), encode_log_probs(picked)))
