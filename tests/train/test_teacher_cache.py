@@ -93,6 +93,8 @@ def test_training_with_it_is_training_with_the_teacher(folder: Path, cache: Path
     live = make_run(recipe(folder, "live").model_dump(mode="json"), 1)
     stored = make_run(recipe(folder, "stored", {"cache": str(cache)}).model_dump(mode="json"), 1)
     train_together([live, stored], 1)
+    card = (stored.model / "README.md").read_text(encoding="utf-8")
+    assert f"Distilled from `{folder / 'teacher'}`, as stored in `{cache}`." in card
     first, second = (exact_metrics(run.path) for run in (live, stored))
     assert [values["train/distillation"] for values in second.values() if "train/distillation" in values] == (
         pytest.approx([v["train/distillation"] for v in first.values() if "train/distillation" in v], rel=1e-4)

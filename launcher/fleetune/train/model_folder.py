@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from transformers import PreTrainedModel
 
 from fleetune import runs, sizes
 from fleetune.recipe import dump_recipe
-from fleetune.schema import Recipe, sources_of, teachers_of
+from fleetune.schema import Recipe, Teacher, sources_of, teachers_of
 from fleetune.train.alignment import PROJECTIONS
 from fleetune.train.data import Prepared
 from fleetune.train.domains import DISCRIMINATORS
 from fleetune.train.lora import has_adapter, save_adapter
+from fleetune.train.teacher_cache import read as read_cache
 
 OF_TRAINING = (f"{PROJECTIONS}.", f"{DISCRIMINATORS}.")
 
@@ -64,7 +66,7 @@ def card(recipe: Recipe, data: Prepared, report: dict[str, Any]) -> str:
         f"trained by Fleetune for {report['step']} steps; the weights are those of step {report['best_step']}.",
         "",
     ]
-    if teachers := [f"`{teacher.model_name_or_path or teacher.cache}`" for _, teacher in teachers_of(recipe)]:
+    if teachers := [_named(teacher) for _, teacher in teachers_of(recipe)]:
         lines += ["Distilled from " + " and ".join(teachers) + ".", ""]
     if data.label_names:
         lines += ["Labels: " + ", ".join(f"{i} = {name}" for i, name in enumerate(data.label_names)), ""]
@@ -97,3 +99,13 @@ def card(recipe: Recipe, data: Prepared, report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in runs.versions().items())
     lines += ["", "## Versions", "", versions, "", "## Recipe", "", "```yaml", dump_recipe(recipe).rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def _named(teacher: Teacher) -> str:
+    """A stored one by the model that it was."""
+    if teacher.cache is None:
+        return f"`{teacher.model_name_or_path}`"
+    stored = read_cache(Path(teacher.cache))
+    return (
+        f"`{stored['teacher']['model_name_or_path']}`, as stored in `{teacher.cache}`" if stored else "a stored teacher"
+    )
