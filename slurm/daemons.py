@@ -248,6 +248,8 @@ def start_database(cluster: Cluster) -> None:
     # Nothing here has to outlive a loss of power, so it never waits for the disk.
     options = [f"--datadir={folder}", "--user=root", "--innodb-flush-method=nosync", "--skip-sync-frm"]
     options += ["--innodb-log-file-size=8M", "--skip-innodb-doublewrite", "--skip-log-bin"]
+    # In /tmp its files have names of its process's number, which in another cluster's namespace is the same.
+    options.append(f"--tmpdir={cluster.folder}/run")
     if not (folder / "mysql").is_dir():
         folder.mkdir(mode=0o700, exist_ok=True)
         quick = ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]
