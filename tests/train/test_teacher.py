@@ -22,6 +22,7 @@ from fleetune.train.teacher import (
     LoadedTeacher,
     check_teacher,
     label_columns,
+    labels_by_number,
     load_teacher_config,
     load_teachers,
     weights_digest,
@@ -77,6 +78,13 @@ def loaded(folder: Path, **teacher: Any) -> LoadedTeacher:
 def test_a_label_is_found_by_its_name(folder: Path, names: list[str], columns: list[int]) -> None:
     found, config = with_names(folder, names)
     assert label_columns(found, config, NAMES, "teacher") == columns
+
+
+def test_labels_that_have_no_names_are_taken_by_number_and_that_is_said(folder: Path) -> None:
+    found, unnamed = with_names(folder, ["LABEL_0", "LABEL_1"])
+    assert labels_by_number(found, unnamed, NAMES)
+    assert not labels_by_number(found, unnamed, ["0", "1"])  # which have none either
+    assert not labels_by_number(*with_names(folder, NAMES), NAMES)
 
 
 @pytest.mark.parametrize(

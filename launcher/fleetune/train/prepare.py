@@ -86,7 +86,7 @@ def prepare_recipe(recipe: Recipe, elsewhere: bool = False) -> dict[str, Any]:
     return {
         **prepared.report,
         **_reweighted(recipe, prepared),
-        "teachers": _check_teachers(recipe, config, counted["num_hidden_layers"], tokenizer, prepared),
+        **_check_teachers(recipe, config, counted["num_hidden_layers"], tokenizer, prepared),
         **counted,
         "has_fast_bf16": has_fast_bf16(),
         "dropout": [
@@ -106,31 +106,34 @@ def _reweighted(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     return {"reweight": described} | ({"warning": "; ".join(warnings)} if warnings else {})
 
 
-def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: Any, data: Prepared) -> str:
-    """What the teachers are, as a hash; `layers`: how many of them the student has in the end."""
+def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: Any, data: Prepared) -> dict[str, Any]:
+    """What the teachers are, as a hash, and which labels had to be guessed; `layers`: the student's, in the end."""
     from fleetune.train.alignment import matches_of
-    from fleetune.train.teacher import check_teacher, load_teacher_config, weights_digest
+    from fleetune.train.teacher import check_teacher, labels_by_number, load_teacher_config, weights_digest
     from fleetune.train.teacher_cache import check_cache
 
-    configs, digests = [], []
+    configs, digests, guessed = [], [], []
     for key, teacher in teachers_of(recipe):
         if teacher.cache is not None:
             digests.append(check_cache(recipe, teacher, key, data.splits["train"], tokenizer, data.label_names, config))
             continue
         configs.append(load_teacher_config(recipe, teacher, key, tokenizer))
         check_teacher(recipe, teacher, key, configs[-1], tokenizer, data.label_names)
+        if labels_by_number(recipe, configs[-1], data.label_names):
+            order = ", ".join(f"{i} = {name}" for i, name in enumerate(data.label_names[:10]))
+            guessed.append(f"{key}: its labels have no names; they are taken for {order}")
         digests.append(weights_digest(teacher, configs[-1]))
     if recipe.model.lora is not None:  # its frozen weights stand in no checkpoint
         digests.append(weights_digest(recipe.model, config))
     if not digests:
-        return ""
+        return {"teachers": ""}
     student = copy.deepcopy(config)
     student.num_hidden_layers = layers
     try:
         matches_of(recipe, student, configs)
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:32]
+    return {"teachers": hashlib.sha256(" ".join(digests).encode()).hexdigest()[:32], "guessed": "; ".join(guessed)}
 
 
 def _check_model(recipe: Recipe, config: Any) -> dict[str, Any]:

@@ -194,6 +194,18 @@ def check_teacher(recipe: Recipe, teacher: Teacher, key: str, config: Any, token
     )
 
 
+def unnamed(labels: int) -> list[str]:
+    """What Transformers calls the labels of a model to which nobody has given names."""
+    return [f"LABEL_{i}" for i in range(labels)]
+
+
+def labels_by_number(recipe: Recipe, config: Any, labels: list[str]) -> bool:
+    """Whether nothing but their order says which of the teacher's labels is which of the data's."""
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    numbers = [str(i) for i in range(len(labels))]
+    return recipe.task == "classification" and names == unnamed(len(labels)) and labels != numbers
+
+
 def label_columns(recipe: Recipe, config: Any, labels: list[str], key: str) -> list[int]:
     """Which of the teacher's logits stands for each label of the data, by name.
 
@@ -203,7 +215,7 @@ def label_columns(recipe: Recipe, config: Any, labels: list[str], key: str) -> l
         ModelError: it has other labels.
     """
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
-    if recipe.task != "classification" or names == [f"LABEL_{i}" for i in range(len(labels))]:
+    if recipe.task != "classification" or names == unnamed(len(labels)):
         return list(range(len(names)))
     place = {name.casefold(): i for i, name in enumerate(names)}
     if sorted(place) != sorted(label.casefold() for label in labels) or len(names) != len(labels):
