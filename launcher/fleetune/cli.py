@@ -84,7 +84,7 @@ def _show_data(recipe: Recipe, layout: Layout, report: dict[str, Any]) -> None:
     endless = report.get("endless", {}).get("train", 0)
     warnings = (
         report.get("warning"),
-        report.get("guessed") or None,
+        report.get("guessed"),
         batch_warning(report["sequences"], batch),
         head_warning(recipe),
         f"{endless} rows of train end in nothing that the model learns to stop with" if endless else None,

@@ -52,10 +52,12 @@ def teach(
     layout = plan(1, nproc_per_node)
     with local.stopping() as stop:
         try:
-            loaded, _ = prepare(recipe, given, overrides, None, stop)
+            loaded, report = prepare(recipe, given, overrides, None, stop)
+            if "guessed" in report:
+                typer.echo(f"warning   {report['guessed']}")
             taught = _store(loaded, layout, folder, chosen, stop)
         except local.StoppedEarly:
-            typer.echo("stopped before the teacher ran; the same command goes on")
+            typer.echo("stopped; the same command goes on")
             raise typer.Exit(SAVED) from None
         except KeyboardInterrupt:
             fail(f"{folder}: stopped at once; the same command goes on", 130)
@@ -63,7 +65,8 @@ def teach(
     what = kinds[taught["chosen"]["kind"]].format(taught["chosen"]["count"]) if taught["chosen"] else ""
     what = what or f"{len(taught['labels'])} logits"
     typer.echo(f"{folder}: {what} of {taught['rows']} rows, {sizes.volume(taught['bytes'])}")
-    typer.echo(f"train with it: {' '.join(map(shlex.quote, words))}")
+    command = ["fleetune", "run", str(recipe), *(overrides or ()), *words]
+    typer.echo(f"train with it: {' '.join(map(shlex.quote, command))}")
 
 
 def _trains_with_it(file: Path, recipe: Recipe, folder: Path) -> list[str]:
@@ -78,7 +81,7 @@ def _trains_with_it(file: Path, recipe: Recipe, folder: Path) -> list[str]:
     from fleetune.schema import RecipeError, teacher_to_store
 
     key, teacher = teacher_to_store(recipe)
-    words = [f"{key}.model_name_or_path=null", f"{key}.cache={folder}"]
+    words = [f"{key}.model_name_or_path=null", f"{key}.cache={_as_yaml(str(folder))}"]
     words += [f"{key}.dtype=auto"] if teacher.dtype != "auto" else []
     left = [loss for loss in recipe.losses if loss.kind not in OF_LAYERS]
     if left != list(recipe.losses):
@@ -94,6 +97,20 @@ def _trains_with_it(file: Path, recipe: Recipe, folder: Path) -> list[str]:
     return words
 
 
+def _as_yaml(text: str) -> str:
+    """In quotes where it would be something else without: a number, or nothing."""
+    import contextlib
+    import json
+
+    from fleetune.schema import RecipeError
+    from fleetune.strict_yaml import parse_yaml
+
+    with contextlib.suppress(RecipeError):
+        if parse_yaml(text, "") == text:
+            return text
+    return json.dumps(text)
+
+
 def _store(recipe: Recipe, layout: Layout, folder: Path, chosen: list[str], stop: Stop) -> dict[str, Any]:
     """What was stored; leaves the program where it fails or is asked to stop."""
     from fleetune import runs
@@ -102,9 +119,7 @@ def _store(recipe: Recipe, layout: Layout, folder: Path, chosen: list[str], stop
 
     run = runs.Run(folder)
     with recipe_file(recipe) as file:
-        begun = answer_of("teach", ["begin", file, str(folder), *chosen])
-        if stop:
-            raise local.StoppedEarly
+        begun = answer_of("teach", ["begin", file, str(folder), *chosen], stop=stop)
         if begun["left"]:
             program = ["fleetune.train.teach", "write", file, str(folder)]
             logs = run.logs(len(list((folder / "logs").glob("*"))) + 1)
@@ -123,4 +138,4 @@ def _store(recipe: Recipe, layout: Layout, folder: Path, chosen: list[str], stop
                 fail(f"{folder}: {reason}{more}", code)
         else:
             typer.echo(f"{folder}: was stored before")
-    return answer_of("teach", ["end", str(folder)])
+    return answer_of("teach", ["end", str(folder)], stop=stop)

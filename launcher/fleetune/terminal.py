@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fleetune.cluster.local import Stop
     from fleetune.schema import Recipe
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
@@ -62,10 +63,10 @@ def origin_of(line: str, file: Path, overrides: list[str] | None) -> str:
     return "command line" if any(key == name or key.startswith(f"{name}.") for name in given) else str(file)
 
 
-def answer_of(program: str, arguments: list[str], shown: str | None = None) -> dict[str, Any]:
+def answer_of(program: str, arguments: list[str], shown: str | None = None, stop: Stop | None = None) -> dict[str, Any]:
     """The JSON that a program of `train/` answers with; its lines that begin with `shown` are shown as they come.
 
-    Leaves the program where that one fails.
+    Leaves the program where that one fails. Raises StoppedEarly where it was asked to `stop` meanwhile.
     """
     import json
     import subprocess
@@ -83,8 +84,11 @@ def answer_of(program: str, arguments: list[str], shown: str | None = None) -> d
             said.append(line)
             if shown is not None and line.startswith(shown):
                 typer.echo(line.rstrip())
-        if process.wait():
-            fail(local.error_of("".join(said)), process.returncode)
+        process.wait()
+        if stop:
+            raise local.StoppedEarly
+        if process.returncode:
+            fail(local.error_of("".join(said)), max(process.returncode, 1))
         answer.seek(0)
         return json.load(answer)  # type: ignore[no-any-return]
 

@@ -20,6 +20,7 @@ from taught import teach_on_two_ranks
 from tiny import recipe_values, write_model, write_rows
 from typer.testing import CliRunner
 
+from fleetune import teach_command
 from fleetune.batch import Batch
 from fleetune.cli import app
 from fleetune.schema import Recipe, RecipeError, teacher_to_store, teachers_of
@@ -206,6 +207,8 @@ def test_a_part_that_was_damaged_before_all_were_there_is_written_anew(
 def test_a_folder_without_a_part_is_begun_anew(folder: Path, tmp_path: Path) -> None:
     begin(recipe(folder), tmp_path / "taught")
     (tmp_path / "taught" / "logs").mkdir()
+    (tmp_path / "taught" / "lease.json").write_text("{}")  # of one that was killed
+    (tmp_path / "taught" / "part-00000.part").touch()
     other = recipe(folder, teacher={"model_name_or_path": str(folder / "another")})
     assert begin(other, tmp_path / "taught")["left"] == 1
     stored = json.loads((tmp_path / "taught" / "teacher.json").read_text(encoding="utf-8"))
@@ -395,6 +398,14 @@ def test_the_command_stops_when_asked_and_goes_on(folder: Path, tmp_path: Path) 
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+@pytest.mark.parametrize(
+    ("folder", "written"),
+    [("runs/x-taught", "runs/x-taught"), ("2024", '"2024"'), ("null", '"null"'), ("a: #", '"a: #"')],
+)
+def test_a_folder_stays_text_in_an_override(folder: str, written: str) -> None:
+    assert teach_command._as_yaml(folder) == written
+
+
 def test_what_no_training_could_use_is_refused_first(folder: Path, tmp_path: Path) -> None:
     failed = command(folder, tmp_path, data={"augmentation": [{"kind": "word_dropout"}]})
     assert failed.returncode == 2
@@ -409,7 +420,7 @@ def test_the_command_says_how_to_train_with_it(folder: Path, tmp_path: Path) -> 
     values = recipe_values(folder, "tiny", losses=losses, teacher={"model_name_or_path": str(folder / "teacher")})
     file.write_text(json.dumps(values), encoding="utf-8")
     taught = CliRunner().invoke(app, ["teach", str(file), "--out", str(tmp_path / "out")])
-    words = shlex.split(taught.stdout.rpartition("train with it: ")[2])
+    words = shlex.split(taught.stdout.rpartition("train with it: fleetune run ")[2])[1:]
     assert words[2] == 'losses=[{"kind": "cross_entropy", "weight": 0.5}, {"kind": "distillation"}]'
     checked = CliRunner().invoke(app, ["check", str(file), *words])
     assert checked.exit_code == 0, checked.output

@@ -133,7 +133,8 @@ def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: 
         matches_of(recipe, student, configs)
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    return {"teachers": hashlib.sha256(" ".join(digests).encode()).hexdigest()[:32], "guessed": "; ".join(guessed)}
+    digest = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:32]
+    return {"teachers": digest} | ({"guessed": "; ".join(guessed)} if guessed else {})
 
 
 def _check_model(recipe: Recipe, config: Any) -> dict[str, Any]:

@@ -6,14 +6,15 @@
 
 The first checks the recipe against FOLDER and writes down what is to be stored there. Then each rank runs the teacher
 over parts of its own, or all ranks together run one that is cut over them (teacher.deepspeed), for a part each. A part
-is written beside and renamed, so that what was broken off goes on, on as many ranks as there are then. The last seals
-the parts by their SHA-256, without which no recipe takes them.
+is written beside and renamed, and its SHA-256 then stands beside it, so that what was broken off goes on, on as many
+ranks as there are then. The last puts these into teacher.json, without which no recipe takes the folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -104,8 +105,9 @@ def _begin_folder(folder: Path, stored: dict[str, Any], known: dict[str, Any]) -
     """Raises RecipeError for a folder of something else; one that no part was written to yet is begun anew."""
     from fleetune.train.teacher_cache import differences, read
 
+    runs.refuse_another_attempt(folder / "lease.json")
     there = read(folder)
-    if there is not None and any(folder.glob("part-*")):
+    if there is not None and (there["parts"] or any(folder.glob("part-*.sha256"))):
         for name, value in stored.items():
             if there.get(name) != value:
                 what = (
@@ -113,14 +115,19 @@ def _begin_folder(folder: Path, stored: dict[str, Any], known: dict[str, Any]) -
                 )
                 raise RecipeError(f"{folder}: is a cache of {what}; {ELSEWHERE}")
         return
-    leavings = ("teacher.json", "logs") if there is not None else ()
+    leavings = (".teacher.json.", ".lease.", *(("teacher.json", "lease.json", "logs", "part-") if there else ()))
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    if any(name not in leavings and not name.startswith(".teacher.json.") for name in names):
+    if not all(name.startswith(leavings) for name in names):
         raise RecipeError(f"{folder}: is no cache of this form, and not empty; remove it, or {ELSEWHERE}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     length = min(PART, max(LEAST_PART, -(-known["rows"] // PARTS)))
     more = {"known": known, "all_rows": known["rows"], "rows_of_a_part": length, "parts": {}}
-    runs.write_json(folder / "teacher.json", {**stored, **more})
+    _write_stored(folder, {**stored, **more})
+
+
+def _write_stored(folder: Path, stored: dict[str, Any]) -> None:
+    """Without it the parts are worth nothing."""
+    runs.write_text(folder / "teacher.json", json.dumps(stored, indent=1) + "\n", sync=True)
 
 
 def _other(name: str, there: Any, wanted: Any) -> str:
@@ -181,7 +188,10 @@ def write(recipe: Recipe, folder: Path, world: World) -> bool:
     split, size = data.splits["train"], recipe.evaluation.per_device_eval_batch_size
     stored = runs.read_json(folder / "teacher.json")
     names, length = _names(stored), stored["rows_of_a_part"]
-    left: list[str] = distributed.gather_objects(_left(folder, stored) if world.is_main else [], world)[0]
+    missing = _left(folder, stored) if world.is_main else []
+    for name in missing:
+        _seal(folder, name).unlink(missing_ok=True)
+    left: list[str] = distributed.gather_objects(missing, world)[0]
     is_cut = teacher.deepspeed.zero_stage > 0
     if not is_cut:  # no rank waits for another from here on
         distributed.stop()
@@ -213,25 +223,26 @@ def write(recipe: Recipe, folder: Path, world: World) -> bool:
             kind = stored["teacher"]["dtype"]
             raise ModelError(f"{named}: {error}: it is damaged, or {key}.dtype = {kind} too narrow for it") from error
         if world.rank < len(beside):
-            _seal(folder, name).unlink(missing_ok=True)
             write_part(folder / name, split.index[rows], [said[row] for row in rows.tolist()])
             runs.write_text(_seal(folder, name), f"{digest_of(folder / name)}\n")
         if world.is_main:
-            missing = sum(not _seal(folder, other).exists() for other in left)
-            print(f"taught {len(names) - missing} of {len(names)} parts", flush=True)
+            to_come = sum(not _seal(folder, other).exists() for other in left)
+            print(f"taught {len(names) - to_come} of {len(names)} parts", flush=True)
     return True
 
 
 def end(folder: Path) -> dict[str, Any]:
-    """Seals the parts, which are all there. Returns the number of rows, the labels, what was chosen, and the bytes.
+    """Gathers the parts' seals. Returns the number of rows, the labels, what was chosen, and the bytes.
 
-    Where they were sealed before, nothing is written.
+    Where that was done before, nothing is written. Raises RecipeError where a part is not there.
     """
     stored = runs.read_json(folder / "teacher.json")
     names = _names(stored)
     parts = {name: _sealed(folder, stored, name) for name in names}
+    if "-" in parts.values():
+        raise RecipeError(f"{folder}: not all parts are there; the same command goes on")
     if "rows" not in stored or parts != stored["parts"]:
-        runs.write_json(folder / "teacher.json", {**stored, "parts": parts, "rows": stored["all_rows"]})
+        _write_stored(folder, {**stored, "parts": parts, "rows": stored["all_rows"]})
     for name in names:
         with contextlib.suppress(OSError):
             _seal(folder, name).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 FOLDER/part-00000.parquet   row: its number in its source; logits (C,) in fp32, in the order of the data's labels
 FOLDER/part-00000.arrow     of a language model: classes of each token, as token_cache.py says
+FOLDER/part-00000.*.sha256  of a part, until all are there
 FOLDER/teacher.json         whose they are and of what: teacher, tokens, data, labels; how many rows a part has;
                             once all parts are written, the SHA-256 of each and how many rows there are
 """
