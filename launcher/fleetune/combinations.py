@@ -283,9 +283,6 @@ def _token_cache_combinations(recipe: Recipe, name: str, wanting: list[Any]) -> 
     if recipe.teachers:
         caches = [teacher.cache for teacher in recipe.teachers]
         yield "teachers", caches, f"a language model learns from one cache alone: teacher: {{cache: ...}}, not {name}"
-    temperatures = [loss.temperature for _, loss in wanting if isinstance(loss, Distillation)]
-    if len(set(temperatures)) > 1:
-        yield "losses", temperatures, f"{name}.cache is of one temperature, and these distillations have several"
     for index, loss in wanting:
         if isinstance(loss, Distillation) and loss.divergence != "forward_kl":
             yield (
