@@ -67,7 +67,7 @@ def test_the_recipe_that_it_shows_trains_what_the_shipped_one_does(tmp_path: Pat
 @pytest.mark.parametrize("arguments", [a for a in FLEETUNE if not needs_hub(a) and not is_long(a)], ids=" ".join)
 def test_runs(folder: Path, arguments: list[str], request: pytest.FixtureRequest) -> None:
     there = ""
-    if any(DATA in argument or "recipes/lm/" in argument for argument in arguments):
+    if any(DATA in argument or "stories260k" in argument for argument in arguments):
         there = str(request.getfixturevalue("shared_data"))
         arguments = [argument.replace(DATA, there) for argument in arguments]
     wrong = any("learning_rte" in argument for argument in arguments)
