@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,13 +59,35 @@ def _other_rows(recipe: Recipe, tokenizer: Any) -> Split:
         raise DataError(re.sub(r"(row \d+ of) train", r"\1 --data", message)) from error
 
 
+def _rows(
+    folder: Path, recipe: Recipe, tokenizer: Any, model: Any, data: str | None, split: str | None
+) -> tuple[Split, str, Mapping[str, slice]]:
+    """Of a split of the recipe, or of other data; what they are called, and which rows are of a domain of their own."""
+    from fleetune.train.data import prepare
+
+    if data is None:
+        unlabelled = {name for name in target_splits(recipe) if name.endswith(".train")}
+        prepared = prepare(recipe, tokenizer)
+        splits = {name: rows for name, rows in prepared.splits.items() if name not in unlabelled}
+        held_out = [name for name in splits if name.rpartition(".")[2] in ("test", "validation")]
+        name = split or min(held_out, key=lambda name: (name.count("."), name.endswith("validation")), default=None)
+        if name is None:
+            raise RecipeError(f"{folder}: its recipe has neither test nor validation data; give --data FILE")
+        if name not in splits:
+            raise RecipeError(f"--split {name}: the recipe has {', '.join(splits)}")
+        return splits[name], name, prepared.domains(name)
+    names = (
+        [model.config.id2label[i] for i in range(model.config.num_labels)] if recipe.task == "classification" else None
+    )
+    return _other_rows(_in_trains_place(recipe, data, split, names), tokenizer), data, {}
+
+
 def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[str, Any]:
     """Raises RecipeError or DataError; a fault of `data` and `split` names the options."""
     import torch
     from transformers import AutoTokenizer
 
     from fleetune.train.alignment import Asked, Outputs, run
-    from fleetune.train.data import prepare
     from fleetune.train.distributed import World
     from fleetune.train.evaluate import evaluate
     from fleetune.train.generate import exact_match, generator
@@ -79,25 +101,7 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
     model = load_trained(recipe, path, trust=trusts)
     if recipe.task == "causal_lm" and recipe.kernels != "reference":
         fuse_head(model)
-    if data is None:
-        unlabelled = {name for name in target_splits(recipe) if name.endswith(".train")}
-        prepared = prepare(recipe, tokenizer)
-        splits = {name: rows for name, rows in prepared.splits.items() if name not in unlabelled}
-        held_out = [name for name in splits if name.rpartition(".")[2] in ("test", "validation")]
-        name = split or min(held_out, key=lambda name: (name.count("."), name.endswith("validation")), default=None)
-        if name is None:
-            raise RecipeError(f"{folder}: its recipe has neither test nor validation data; give --data FILE")
-        if name not in splits:
-            raise RecipeError(f"--split {name}: the recipe has {', '.join(splits)}")
-        rows, where, of_domains = splits[name], name, prepared.domains(name)
-    else:
-        names = (
-            [model.config.id2label[i] for i in range(model.config.num_labels)]
-            if recipe.task == "classification"
-            else None
-        )
-        rows, where = _other_rows(_in_trains_place(recipe, data, split, names), tokenizer), data
-        of_domains = {}
+    rows, where, of_domains = _rows(folder, recipe, tokenizer, model, data, split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     autocast = recipe.training.bf16 and recipe.deepspeed.zero_stage == 0  # as in training

@@ -146,6 +146,12 @@ def _names(stored: dict[str, Any]) -> list[str]:
     return [f"part-{number:05d}.{suffix}" for number in range(-(-stored["all_rows"] // stored["rows_of_a_part"]))]
 
 
+def _rows_of(stored: dict[str, Any], name: str) -> Ints:
+    """Of a part."""
+    start = _names(stored).index(name) * stored["rows_of_a_part"]
+    return np.arange(start, min(start + stored["rows_of_a_part"], stored["all_rows"]))
+
+
 def _left(folder: Path, stored: dict[str, Any]) -> list[str]:
     """The parts that are not there, or not as they were sealed."""
     from fleetune.train.teacher_cache import digest_of
@@ -187,7 +193,7 @@ def write(recipe: Recipe, folder: Path, world: World) -> bool:
     data = prepare(recipe, tokenizer)
     split, size = data.splits["train"], recipe.evaluation.per_device_eval_batch_size
     stored = runs.read_json(folder / "teacher.json")
-    names, length = _names(stored), stored["rows_of_a_part"]
+    names = _names(stored)
     missing = _left(folder, stored) if world.is_main else []
     for name in missing:
         _seal(folder, name).unlink(missing_ok=True)
@@ -200,19 +206,15 @@ def write(recipe: Recipe, folder: Path, world: World) -> bool:
     loaded = load_teacher(recipe, teacher, key, data.label_names, tokenizer, Batch(size, 1, 1, size), together)
     write_part = write_tokens if "chosen" in stored else write_logits
 
-    def rows_of(name: str) -> Ints:
-        start = names.index(name) * length
-        return np.arange(start, min(start + length, len(split)))
-
     for first in range(0, len(left), world.world_size):
         beside = left[first : first + world.world_size]
         if world.rank >= len(beside) and not is_cut:
             break
         name = beside[min(world.rank, len(beside) - 1)]
-        rows = rows_of(name)
+        rows = _rows_of(stored, name)
         pieces = list(_pieces(rows, split.lengths[rows], size))
         if is_cut:  # every layer takes all ranks: they run it equally often, those without a part too
-            most = max(-(-len(rows_of(other)) // size) for other in beside)
+            most = max(-(-len(_rows_of(stored, other)) // size) for other in beside)
             pieces += pieces[:1] * (most - len(pieces))
         try:
             said = _said(recipe, loaded, split, pieces, stored.get("chosen"), padding_id(tokenizer) or 0, together)
