@@ -10,7 +10,7 @@ import pytest
 import yaml
 from tiny import recipe_values, write_model, write_rows
 
-from fleetune.cluster.local import in_this_machines_precision
+from fleetune.recipe import in_this_machines_precision
 from fleetune.runs import Run
 from fleetune.schema import Recipe
 

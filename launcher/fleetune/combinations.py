@@ -262,11 +262,7 @@ def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
                 yield from _token_cache_combinations(recipe, name, wanting)
             for index, loss in wanting:
                 if loss.kind != "distillation":
-                    yield (
-                        f"losses.{index}.kind",
-                        loss.kind,
-                        f"needs the teacher itself; {name}.cache has its logits",
-                    )
+                    yield f"losses.{index}.kind", loss.kind, f"needs the teacher itself; {name}.cache has its logits"
             if recipe.data.augmentation:
                 kinds = [augmentation.kind for augmentation in recipe.data.augmentation]
                 yield "data.augmentation", kinds, f"changes the rows that {name}.cache is of; leave one of the two out"
@@ -285,11 +281,7 @@ def _token_cache_combinations(recipe: Recipe, name: str, wanting: list[Any]) -> 
         yield "teachers", caches, f"a language model learns from one cache alone: teacher: {{cache: ...}}, not {name}"
     for index, loss in wanting:
         if isinstance(loss, Distillation) and loss.divergence != "forward_kl":
-            yield (
-                f"losses.{index}.divergence",
-                loss.divergence,
-                f"{name}.cache serves forward_kl alone",
-            )
+            yield f"losses.{index}.divergence", loss.divergence, f"{name}.cache serves forward_kl alone"
 
 
 def _surgery_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:

@@ -45,6 +45,7 @@ def prepare(
     """
     from fleetune.batch import cut_batch
     from fleetune.cluster import local
+    from fleetune.recipe import in_this_machines_precision
     from fleetune.schema import RecipeError
 
     try:
@@ -55,7 +56,7 @@ def prepare(
         fail("\n".join(f"{origin_of(line, file, overrides)}: {line}" for line in str(error).splitlines()))
     except local.PreparationFailed as error:
         fail(f"preparing failed:\n{error}", 1)
-    resolved = recipe if elsewhere else local.in_this_machines_precision(recipe, report)
+    resolved = recipe if elsewhere else in_this_machines_precision(recipe, report)
     if resolved is not recipe:
         typer.echo("warning   training.bf16: this CPU has no arithmetic for bf16; fp32 is faster here and is used")
     return resolved, report | {"fp32_for_bf16": resolved is not recipe}

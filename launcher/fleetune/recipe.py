@@ -282,6 +282,16 @@ def baseline_of(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model, "losses": losses, "teacher": None, "teachers": []})
 
 
+def in_this_machines_precision(recipe: Recipe, report: dict[str, Any]) -> Recipe:
+    """The recipe in fp32 where it asks for bf16 and the machine has none: the same recipe runs on any laptop.
+
+    It is what the run folder stores: a run goes on in the precision it began with, and is refused in another.
+    """
+    if not recipe.training.bf16 or report["has_fast_bf16"]:
+        return recipe
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"bf16": False})})
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """As a recipe that can be read again: without `losses` where it names none."""
     values = recipe.model_dump(mode="json")

@@ -167,16 +167,6 @@ def prepare(recipe: Recipe, stop: Stop | None = None, elsewhere: bool = False) -
     return json.loads(output)  # type: ignore[no-any-return]
 
 
-def in_this_machines_precision(recipe: Recipe, report: dict[str, Any]) -> Recipe:
-    """The recipe in fp32 where it asks for bf16 and the machine has none: the same recipe runs on any laptop.
-
-    It is what the run folder stores: a run goes on in the precision it began with, and is refused in another.
-    """
-    if not recipe.training.bf16 or report["has_fast_bf16"]:
-        return recipe
-    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"bf16": False})})
-
-
 def error_of(log: str) -> str:
     """The message that a process left in its log, or its last line."""
     _, marker, message = log.rpartition("fleetune: error: ")

@@ -32,7 +32,7 @@ from fleetune.batch import cut_batch, total_steps
 from fleetune.cluster import local, slurm
 from fleetune.cluster.beats import Beats, Silence, where_each_is
 from fleetune.cluster.verdict import close_last, notes_of, sent_at
-from fleetune.recipe import dump_recipe
+from fleetune.recipe import dump_recipe, in_this_machines_precision
 from fleetune.schema import Recipe, RecipeError
 
 WAIT_SECONDS = 1800.0  # for rank 0 to prepare the data
@@ -115,7 +115,7 @@ def _lead(run: runs.Run, task: Task, notes: Path, heard: list[int]) -> Any:
     layout = local.Layout(task.nodes, task.world_size // task.nodes, int(os.environ.get("SLURM_CPUS_PER_TASK", "1")))
     asked = run.recipe()
     report = local.prepare(asked)
-    recipe = local.in_this_machines_precision(asked, report)
+    recipe = in_this_machines_precision(asked, report)
     batch = cut_batch(recipe.training, task.world_size)
     steps = total_steps(recipe.training, report["sequences"], batch)
     if recipe is not asked:

@@ -110,10 +110,8 @@ def _begin_folder(folder: Path, stored: dict[str, Any], known: dict[str, Any]) -
     if there is not None and (there["parts"] or any(folder.glob("part-*.sha256"))):
         for name, value in stored.items():
             if there.get(name) != value:
-                what = (
-                    _other(name, there.get(name), value) if name != "data" else f"other data{differences(there, known)}"
-                )
-                raise RecipeError(f"{folder}: is a cache of {what}; {ELSEWHERE}")
+                why = differences(there, known) if name == "data" else ""
+                raise RecipeError(f"{folder}: is a cache of {_other(name, there.get(name), value)}{why}; {ELSEWHERE}")
         return
     leavings = (".teacher.json.", ".lease.", *(("teacher.json", "lease.json", "logs", "part-") if there else ()))
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
@@ -121,7 +119,7 @@ def _begin_folder(folder: Path, stored: dict[str, Any], known: dict[str, Any]) -
         raise RecipeError(f"{folder}: is no cache of this form, and not empty; remove it, or {ELSEWHERE}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     length = min(PART, max(LEAST_PART, -(-known["rows"] // PARTS)))
-    more = {"known": known, "all_rows": known["rows"], "rows_of_a_part": length, "parts": {}}
+    more = {"known": known, "rows_of_a_part": length, "parts": {}}
     _write_stored(folder, {**stored, **more})
 
 
@@ -143,13 +141,13 @@ def _other(name: str, there: Any, wanted: Any) -> str:
 def _names(stored: dict[str, Any]) -> list[str]:
     """Of all parts."""
     suffix = "arrow" if "chosen" in stored else "parquet"
-    return [f"part-{number:05d}.{suffix}" for number in range(-(-stored["all_rows"] // stored["rows_of_a_part"]))]
+    return [f"part-{number:05d}.{suffix}" for number in range(-(-stored["known"]["rows"] // stored["rows_of_a_part"]))]
 
 
 def _rows_of(stored: dict[str, Any], name: str) -> Ints:
     """Of a part."""
     start = _names(stored).index(name) * stored["rows_of_a_part"]
-    return np.arange(start, min(start + stored["rows_of_a_part"], stored["all_rows"]))
+    return np.arange(start, min(start + stored["rows_of_a_part"], stored["known"]["rows"]))
 
 
 def _left(folder: Path, stored: dict[str, Any]) -> list[str]:
@@ -244,12 +242,12 @@ def end(folder: Path) -> dict[str, Any]:
     if "-" in parts.values():
         raise RecipeError(f"{folder}: not all parts are there; the same command goes on")
     if "rows" not in stored or parts != stored["parts"]:
-        _write_stored(folder, {**stored, "parts": parts, "rows": stored["all_rows"]})
+        _write_stored(folder, {**stored, "parts": parts, "rows": stored["known"]["rows"]})
     for name in names:
         with contextlib.suppress(OSError):
             _seal(folder, name).unlink(missing_ok=True)
     size = sum((folder / name).stat().st_size for name in names)
-    return {"rows": stored["all_rows"], "labels": stored["labels"], "chosen": stored.get("chosen"), "bytes": size}
+    return {"rows": stored["known"]["rows"], "labels": stored["labels"], "chosen": stored.get("chosen"), "bytes": size}
 
 
 def _pieces(rows: Ints, lengths: Ints, size: int) -> Iterator[Ints]:
