@@ -385,7 +385,8 @@ def test_the_command_fails_in_one_line(folder: Path, tmp_path: Path) -> None:
 
 def test_the_command_stops_when_asked_and_goes_on(folder: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "many.jsonl", 4000)
-    many = {"data": {"train": {"path": str(tmp_path / "many.jsonl")}}}
+    one_by_one = {"per_device_eval_batch_size": 1}  # seconds on any machine, so that it is still at work when asked
+    many = {"data": {"train": {"path": str(tmp_path / "many.jsonl")}}, "evaluation": one_by_one}
     with started(folder, tmp_path, **many) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "taught 1 of 16 parts\n"
