@@ -12,7 +12,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-3, tor
 
 def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
     """|found - truth| / |truth|, or |found| where the truth is zero; infinite where found is not finite."""
-    found, truth = found.detach().double().cpu(), truth.detach().double().cpu()
+    found, truth = found.detach().to(truth.device, torch.float64), truth.detach().double()
     if found.shape != truth.shape or not bool(found.isfinite().all()):
         return float("inf")
     norm = truth.norm().item()
