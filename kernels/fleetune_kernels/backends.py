@@ -12,6 +12,9 @@ import torch
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Asked once: the compiler of PyTorch 2.11 can trace neither.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+AUTOCAST_DEVICES = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind))
 
 
 def choose(backend: str, tensor: torch.Tensor) -> str:
@@ -24,7 +27,7 @@ def choose(backend: str, tensor: torch.Tensor) -> str:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r}; should be one of {', '.join(BACKENDS)}")
-    able = tensor.dtype in KERNEL_DTYPES and importlib.util.find_spec("triton") is not None
+    able = tensor.dtype in KERNEL_DTYPES and HAS_TRITON
     if backend == "auto":
         return "triton" if able and tensor.is_cuda else "torch"
     if backend == "triton":
@@ -93,13 +96,13 @@ def readable(tensor: torch.Tensor) -> bool:
 def full_precision(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Losses are computed in fp32 under autocast too."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if kind in AUTOCAST_DEVICES else nullcontext()
 
 
 def as_autocast(*tensors: torch.Tensor | None) -> list[Any]:
     """What a linear layer takes under autocast: all in its dtype. As they are where it is off, or for fp64."""
     first = next((tensor for tensor in tensors if tensor is not None), None)
-    if first is None or not torch.amp.is_autocast_available(first.device.type):
+    if first is None or first.device.type not in AUTOCAST_DEVICES:
         return list(tensors)
     if not torch.is_autocast_enabled(first.device.type) or first.dtype == torch.float64:
         return list(tensors)

@@ -34,7 +34,7 @@ TABLE: dict[str, dict[str, Launch]] = {
         "sm_90": Launch((4096,), 16),
         "sm_100": Launch((4096,), 16),
     },
-    "distillation": {"": Launch((4096,), 32), "sm_100": Launch((2048,), 16), "gfx942": Launch((4096,), 16)},
+    "distillation": {"": Launch((4096,), 32), "sm_100": Launch((2048,), 32), "gfx942": Launch((4096,), 16)},
     "softmaxes": {"": Launch((2048,), 16)},
     "scale": {"": Launch((4096,), 8)},
     # By the block that the features fill; blocks of rows and of columns.
@@ -45,16 +45,18 @@ TABLE: dict[str, dict[str, Launch]] = {
     },
     "mmd_sweep_half_128": {
         "": Launch((128, 64), 8),
+        "sm_80": Launch((64, 128), 8),
         "sm_100": Launch((64, 64), 8),
         "gfx942": Launch((64, 32), 4),
     },
     "mmd_sweep_half_256": {
         "": Launch((64, 64), 8),
+        "sm_90": Launch((64, 32), 8),
         "gfx942": Launch((32, 32), 4),
     },
     "mmd_sweep_fp32_64": {
         "": Launch((32, 32), 4),
-        "sm_100": Launch((64, 64), 8),
+        "sm_100": Launch((64, 32), 8),
     },
     "mmd_sweep_fp32_128": {
         "": Launch((16, 32), 4),
