@@ -665,7 +665,7 @@ def yaml_text() -> Iterator[Fault]:
         ("name: again\n", 1, "name", "this key stands here twice"),
         ("x: {y: 1, y: 2}\n", 11, "x.y", "this key stands here twice"),
         ("x: [{y: 1, y: 2}]\n", 12, "x.0.y", "this key stands here twice"),
-        ("1: x\n", 1, "1", "a key should be text"),
+        ("007: x\n", 1, "007", "a key should be text"),
         ("null: x\n", 1, "null", "a key should be text"),
         ("x: &x [*x]\n", 4, "x.0", "an alias of something that it stands in"),
         ("x: [1, 2", 9, "", "expected ',' or ']'"),

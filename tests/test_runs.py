@@ -52,6 +52,12 @@ def refusal(again: Recipe, layout: dict[str, int] | None = None) -> str:
     return str(caught.value)
 
 
+def trained(run: Run) -> Run:
+    """As if a step had been done: what was never trained may be of any recipe."""
+    run.metrics.write_text('{"step": 1, "train/loss": 0.5}\n')
+    return run
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -168,12 +174,29 @@ def test_the_same_recipe_takes_up_the_same_run(tmp_path: Path) -> None:
 def test_another_recipe_is_refused_with_the_keys_that_differ(
     tmp_path: Path, changes: dict[str, Any], lines: list[str]
 ) -> None:
-    run = open_run(recipe(tmp_path), LAYOUT)
+    run = trained(open_run(recipe(tmp_path), LAYOUT))
     before = contents(run.path)
     first, *rest = refusal(recipe(tmp_path, **changes)).splitlines()
     assert first == f"{run.path} is a run of another recipe (--fresh takes the next free name):"
     assert [line.strip() for line in rest] == lines
     assert contents(run.path) == before
+
+
+def test_a_run_that_failed_before_its_first_step_may_be_of_another_recipe_now(tmp_path: Path) -> None:
+    run = open_run(recipe(tmp_path), LAYOUT, data="one")
+    run.metrics.touch()  # opened, and nothing logged
+    mended = recipe(tmp_path, training__learning_rate=1e-4, data__max_length=64)
+    again = open_run(mended, LAYOUT, data="another")
+    assert again.recipe() == mended
+    assert again.info()["data"] == "another"
+
+
+def test_not_where_a_job_of_the_old_one_may_be_in_a_queue(tmp_path: Path) -> None:
+    run = open_run(recipe(tmp_path), LAYOUT)
+    runs.write_json(run.path / "job.json", {"id": "1"})
+    asked = recipe(tmp_path, training__seed=1)
+    assert "training.seed: 0 in the run, 1 now" in refusal(asked)
+    assert open_run(asked, LAYOUT, is_queued=False).recipe() == asked
 
 
 @pytest.mark.parametrize(
@@ -201,7 +224,7 @@ def test_length_tracking_logging_and_resources_may_change_and_are_stored(
 
 
 def test_a_run_that_began_in_fp32_for_want_of_bf16_goes_on_so(tmp_path: Path) -> None:
-    run = open_run(recipe(tmp_path), LAYOUT)
+    run = trained(open_run(recipe(tmp_path), LAYOUT))
     asked = recipe(tmp_path, training__bf16=True)
     assert "training.bf16: False in the run, True now" in refusal(asked)
     runs.write_json(run.path / "run.json", run.info() | {"fp32_for_bf16": True})

@@ -36,12 +36,17 @@ def test_a_key_may_be_a_word_that_yaml_1_1_takes_for_a_boolean(word: str) -> Non
     assert parse_yaml(f"{word}: 1", "here") == {word: 1}
 
 
+def test_a_whole_number_as_a_key_is_its_text() -> None:
+    assert parse_yaml("{0: a, -12: b, '3': c}", "here") == {"0": "a", "-12": "b", "3": "c"}
+
+
 @pytest.mark.parametrize(
     ("text", "place", "reason"),
     [
         ("training:\n  seed: 1\n  seed: 2\n", ":3:3", "training.seed: this key stands here twice"),
         ("a:\n- {b: 1}\n- {c: 1, c: 2}\n", ":3:10", "a.1.c: this key stands here twice"),
-        ("1: x\n", ":1:1", "1: a key should be text: write it in quotes"),
+        ("0x10: x\n", ":1:1", "0x10: a key should be text: write it in quotes"),
+        ('1: x\n"1": y\n', ":2:1", "1: this key stands here twice"),
         ("a: {true: x}\n", ":1:5", "a.true: a key should be text: write it in quotes"),
         ("? [1, 2]\n: x\n", ":1:3", "a key should be text"),
         ("a: [1, 2\n", ":2:1", "expected ',' or ']'"),

@@ -161,6 +161,7 @@ def check(
         if nodes > 1 or nproc_per_node or gpu_memory:
             fail(f"--cluster {cluster}: says how many nodes, ranks and GB there are; leave the other options out")
         layout, gpus = layout_of(cluster)
+    typer.echo("preparing the data", err=True)  # which may take a while
     loaded, report = prepare(recipe, loaded, overrides, layout, elsewhere=bool(cluster or gpu_memory))
     batch = cut_batch(loaded.training, layout.world_size)
     typer.echo(dump_recipe(loaded))

@@ -117,12 +117,19 @@ def source_commit() -> str | None:
 
 
 def open_run(
-    recipe: Recipe, layout: dict[str, int], fresh: bool = False, data: str | None = None, steps: int | None = None
+    recipe: Recipe,
+    layout: dict[str, int],
+    fresh: bool = False,
+    data: str | None = None,
+    steps: int | None = None,
+    is_queued: bool | None = None,
 ) -> Run:
     """Makes the recipe's run folder, or takes up the one that is there, on whatever ranks.
 
-    One that began in fp32, on a machine without the bf16 that the recipe asks for, goes on so on any other.
-    `layout` holds nodes, nproc_per_node, threads; `data` is a hash of the prepared data; `steps` is the run's length.
+    One that began in fp32, on a machine without the bf16 that the recipe asks for, goes on so on any other. One that
+    failed before its first step may be of another recipe now: nothing of the old one was trained.
+    `layout` holds nodes, nproc_per_node, threads; `data` is a hash of the prepared data; `steps` is the run's length;
+    `is_queued` says whether a job of it may be in a cluster's queue: where one was ever sent, when absent.
 
     Raises:
         RecipeError: the folder is of another recipe, global batch, data or user, has gone further, is no run folder,
@@ -137,7 +144,8 @@ def open_run(
     try:
         if (run.path / "run.json").exists():
             refuse_another_attempt(run.path / "lease.json")  # before what it reads is changed
-            refuse_another_recipe(run, recipe, layout, data)
+            is_queued = (run.path / "job.json").exists() if is_queued is None else is_queued
+            refuse_another_recipe(run, recipe, layout, data, is_queued)
             _refuse_fewer_steps(run, steps)
         else:
             _make(run, recipe, layout)
@@ -211,14 +219,16 @@ def _refuse_fewer_steps(run: Run, steps: int | None) -> None:
         )
 
 
-def refuse_another_recipe(run: Run, recipe: Recipe, layout: dict[str, int], data: str | None = None) -> None:
+def refuse_another_recipe(
+    run: Run, recipe: Recipe, layout: dict[str, int], data: str | None = None, is_queued: bool = False
+) -> None:
     """Raises RecipeError with the differences where the run that is there is of another recipe, or another user's."""
     if run.path.stat().st_uid != os.getuid():
         raise RecipeError(f"{run.path}: belongs to another user; what stands in it is not opened")
     changed = (
         differences(run.recipe(), as_it_began(recipe, run)) if run.recipe_file.exists() else []
     )  # killed before it was written
-    if changed:
+    if changed and (is_queued or _has_trained(run)):
         raise RecipeError(
             f"{run.path} is a run of another recipe (--fresh takes the next free name):\n  " + "\n  ".join(changed)
         )
@@ -227,6 +237,11 @@ def refuse_another_recipe(run: Run, recipe: Recipe, layout: dict[str, int], data
         moved.append("the data are not those it was trained on: a file, what is made of it, or a teacher has changed")
     if moved and any(run.checkpoints.glob("step-*")):
         raise RecipeError(f"{run.path} goes on only as it began (--fresh begins anew):\n  " + "\n  ".join(moved))
+
+
+def _has_trained(run: Run) -> bool:
+    logged = run.metrics.exists() and run.metrics.stat().st_size > 0
+    return logged or any(run.checkpoints.glob("step-*"))
 
 
 def _other_batch(run: Run, recipe: Recipe, layout: dict[str, int]) -> list[str]:

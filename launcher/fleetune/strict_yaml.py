@@ -106,6 +106,8 @@ def _check(node: Any, path: str, sizes: dict[int, int], above: tuple[int, ...]) 
         seen: set[str] = set()
         for key, value in node.value:
             there = f"{path}.{key.value}" if isinstance(key, yaml.ScalarNode) else path
+            if key.tag == _TAG + "int" and re.fullmatch("-?(0|[1-9][0-9]*)", key.value):
+                key.tag = _TAG + "str"  # {0: x} is {"0": x}, as in JSON; 0x10 and 007 have two readings
             if key.tag not in (_TAG + "str", _TAG + "merge"):
                 raise _fault(there, "a key should be text: write it in quotes", key)
             if key.value in seen and key.tag != _TAG + "merge":

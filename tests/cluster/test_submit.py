@@ -154,7 +154,7 @@ def finish(run: runs.Run) -> None:
     runs.write_json(run.path / "run.json", run.info() | {"total_steps": 6})
 
 
-@pytest.mark.parametrize("state", ["queued", "finished", "failed"])
+@pytest.mark.parametrize("state", ["queued", "finished", "failed after a step"])
 @pytest.mark.parametrize("words", [(), ("--dry-run",)], ids=["sent", "dry run"])
 def test_another_recipe_under_the_name_of_a_run_is_refused(
     state: str, words: tuple[str, ...], cluster: DevCluster, send: Callable[..., Result], tmp_path: Path
@@ -166,6 +166,8 @@ def test_another_recipe_under_the_name_of_a_run_is_refused(
         cluster.slurm("scancel", job_of(run.path))
     if state == "finished":
         finish(run)
+    if state == "failed after a step":
+        run.metrics.write_text('{"step": 1, "train/loss": 0.5}\n')
     done = send("one", *words, recipe=ANOTHER, **HELD)
     assert done.exit_code == 2
     assert done.stderr.splitlines() == [
@@ -173,6 +175,19 @@ def test_another_recipe_under_the_name_of_a_run_is_refused(
         "  training.learning_rate: 0.001 in the run, 0.5 now",
     ]
     assert (run.path / "job.json").read_bytes() == before
+
+
+def test_a_mended_recipe_takes_the_name_of_a_run_whose_job_ended_before_its_first_step(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path
+) -> None:
+    run = runs.Run(tmp_path / "runs" / "one")
+    send("one", **HELD)
+    first = job_of(run.path)
+    cluster.slurm("scancel", first)
+    done = send("one", recipe=ANOTHER, **HELD)
+    assert done.exit_code == 0, done.stderr
+    assert run.recipe().training.learning_rate == 0.5
+    assert job_of(run.path) != first
 
 
 def test_what_has_changed_since_a_job_was_sent_is_said_when_it_is_attached_to(

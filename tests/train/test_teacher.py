@@ -21,6 +21,7 @@ from fleetune.train.model import ModelError, load_tokenizer
 from fleetune.train.teacher import (
     LoadedTeacher,
     check_teacher,
+    is_broken,
     label_columns,
     labels_by_number,
     load_teacher_config,
@@ -195,6 +196,15 @@ def test_inputs_that_it_does_not_know_are_not_given_to_it(folder: Path) -> None:
     teacher = loaded(folder)
     more = dataclasses.replace(ROWS, inputs={**ROWS.inputs, "unknown": torch.zeros(1)})
     torch.testing.assert_close(teacher(more).logits, teacher(ROWS).logits)
+
+
+def test_a_teacher_that_says_what_is_no_number_is_known(folder: Path) -> None:
+    teacher, padded = loaded(folder), dataclasses.replace(ROWS, examples=1)
+    assert not is_broken(teacher, [ROWS])
+    with torch.no_grad():
+        teacher.module.get_input_embeddings().weight[2919] = torch.inf  # type: ignore[operator]
+    assert is_broken(teacher, [padded, ROWS])
+    assert not is_broken(teacher, [padded])  # the second row only fills it up
 
 
 def test_shares_of_several_teachers_are_of_one(folder: Path) -> None:

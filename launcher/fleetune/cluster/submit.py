@@ -60,7 +60,7 @@ def submit(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sent:
         raise RecipeError(f"output_dir = {recipe.output_dir!r}: has a line break or another control character")
     makes = not base.path.exists()
     recipe = with_failures(recipe, profile)
-    run = runs.open_run(recipe, layout.stored())
+    run = runs.open_run(recipe, layout.stored(), is_queued=False)
     _forget_cancelling(run)
     code, copy = snapshot.take(run.path / "code")
     token = secrets.token_hex(6)
@@ -132,7 +132,7 @@ def standing(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sen
         layout = Layout(profile.nodes, profile.ranks, profile.cpus_per_rank).stored()
     else:
         layout = run.info()["layout"]
-    runs.refuse_another_recipe(run, recipe, layout)
+    runs.refuse_another_recipe(run, recipe, layout, is_queued=found is not None)
     if found is None or found.state == "FINISHED" or not run.recipe_file.exists():
         return found
     return replace(found, changed=tuple(_changed(run, recipe, profile, after)))

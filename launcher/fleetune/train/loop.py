@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fleetune import runs, sizes
+from fleetune.schema import teachers_of
 from fleetune.train import (
     cadence,
     checkpoint,
@@ -41,6 +42,7 @@ from fleetune.train.optim import learning_rate
 from fleetune.train.progress import Progress
 from fleetune.train.setup import Epoch, Setup, compose, read_window, set_up
 from fleetune.train.speed import Meter, figures, peak_memory_mb
+from fleetune.train.teacher import is_broken
 from fleetune.train.terms import Features
 from fleetune.train.window import look_ahead, weighted
 
@@ -150,7 +152,7 @@ def train(run: runs.Run, world: World, logs: Path) -> bool:
                 **meter.read(progress),
                 **node_load(world),
             }
-            note.step(progress.step, values)
+            note.step(progress.step, values, losses)
 
     # Asked to stop: what is done since the last save is saved, and nothing of it is lost.
     if stop:
@@ -226,7 +228,7 @@ def forward_backward(
     losses = dict(zip((term.name for term in terms), distributed.sum_over_ranks(sums).tolist(), strict=True))
     for name, value in losses.items():
         if not math.isfinite(value):
-            raise NonFiniteLoss(f"step {step}: {name} is {value}; {_rows(setup, window)}")
+            raise NonFiniteLoss(f"step {step}: {name} is {value}{_whose(setup, window)}; {_rows(setup, window)}")
     examples, tokens = counts[len(terms) :].tolist()
     return losses, int(examples), int(tokens)
 
@@ -291,6 +293,15 @@ def defined(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: defined(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _whose(setup: Setup, window: list[MicroBatch]) -> str:
+    """Says so where it comes of a teacher and not of the student; a collective."""
+    if not setup.teachers:
+        return ""
+    broken = distributed.any_rank([is_broken(teacher, window) for teacher in setup.teachers], setup.world)
+    keys = [key for (key, _), bad in zip(teachers_of(setup.recipe), broken, strict=True) if bad]
+    return f", and so is what {' and '.join(keys)} says of these rows" if keys else ""
 
 
 def _rows(setup: Setup, window: list[MicroBatch]) -> str:

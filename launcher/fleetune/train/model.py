@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fleetune.model_section import Model
@@ -160,6 +160,20 @@ def load(kind: Any, model: Model | Teacher, key: str = "model", **keywords: Any)
         raise ModelError(
             f"{key}.model_name_or_path = {model.model_name_or_path!r}: cannot be loaded: {reason}"
         ) from error
+
+
+def check_weight_files(model: Model | Teacher, key: str = "model") -> None:
+    """Raises ModelError for a local file of weights that was cut short, by its header alone."""
+    if model.model_name_or_path is None or getattr(model, "from_scratch", False):
+        return
+    for path in sorted(Path(model_location(model.model_name_or_path, key)).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{key}.model_name_or_path = {model.model_name_or_path!r}: cannot be loaded: {path.name}: {error}"
+            ) from None
 
 
 def _is_at_hand(name: str) -> bool:

@@ -52,11 +52,12 @@ class Notes:
         if self.books is not None and time.time() - self.books.noted > self.books.pause:
             _note_progress(self.books, step)
 
-    def step(self, step: int, values: dict[str, Any]) -> None:
+    def step(self, step: int, values: dict[str, Any], losses: dict[str, float]) -> None:
+        """What is logged of a step, and the losses whose sum is its loss."""
         if self.books is None:
             return
         self.books.log.write(step, values)
-        say(step_line(step, self.books.total_steps, values))
+        say(step_line(step, self.books.total_steps, values, losses))
         if self.books.feeder is not None:
             _tell(self.books, tracking.status(self.books.run.path))
 

@@ -51,7 +51,7 @@ def prepare_recipe(recipe: Recipe, elsewhere: bool = False) -> dict[str, Any]:
     Raises RecipeError, DataError or ModelError, each naming the key.
     """
     from fleetune.train.data import prepare
-    from fleetune.train.model import load_config, load_tokenizer, padding_id
+    from fleetune.train.model import check_weight_files, load_config, load_tokenizer, padding_id
     from fleetune.train.quantization import check_quantization
     from fleetune.train.sequence_parallel import check_attention
 
@@ -60,6 +60,7 @@ def prepare_recipe(recipe: Recipe, elsewhere: bool = False) -> dict[str, Any]:
     tokenizer = load_tokenizer(recipe)
     prepared = prepare(recipe, tokenizer)
     config = load_config(recipe, prepared.label_names)
+    check_weight_files(recipe.model)
     for index, loss in enumerate(recipe.losses):
         if (
             isinstance(loss, CrossEntropy)
@@ -109,6 +110,7 @@ def _reweighted(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
 def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: Any, data: Prepared) -> dict[str, Any]:
     """What the teachers are, as a hash, and which labels had to be guessed; `layers`: the student's, in the end."""
     from fleetune.train.alignment import matches_of
+    from fleetune.train.model import check_weight_files
     from fleetune.train.teacher import check_teacher, labels_by_number, load_teacher_config, weights_digest
     from fleetune.train.teacher_cache import check_cache
 
@@ -119,6 +121,7 @@ def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: 
             continue
         configs.append(load_teacher_config(recipe, teacher, key, tokenizer))
         check_teacher(recipe, teacher, key, configs[-1], tokenizer, data.label_names)
+        check_weight_files(teacher, key)
         if labels_by_number(recipe, configs[-1], data.label_names):
             order = ", ".join(f"{i} = {name}" for i, name in enumerate(data.label_names[:10]))
             guessed.append(f"{key}: its labels have no names; they are taken for {order}")

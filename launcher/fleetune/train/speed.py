@@ -95,9 +95,10 @@ def available_memory() -> int:
     return available
 
 
-def step_line(step: int, total: int, values: dict[str, float]) -> str:
+def step_line(step: int, total: int, values: dict[str, float], losses: dict[str, float]) -> str:
+    parts = f" = {' + '.join(f'{name} {loss:.4f}' for name, loss in losses.items())}" if len(losses) > 1 else ""
     return (
-        f"step  {step}/{total}  loss {values['train/loss']:.4f}  lr {values['train/learning_rate']:.3g}  "
+        f"step  {step}/{total}  loss {values['train/loss']:.4f}{parts}  lr {values['train/learning_rate']:.3g}  "
         f"grad norm {values['train/grad_norm']:.3f}  {values['train/samples_per_second']:.1f} samples/s  "
         f"{values['train/memory_mb']:.0f} MB"
     )

@@ -89,6 +89,22 @@ def load_teacher(
     )
 
 
+def is_broken(teacher: LoadedTeacher | CachedTeacher | CachedTokens, window: list[MicroBatch]) -> bool:
+    """Whether what it says of some row that counts is not finite. Runs it, on all ranks where it is cut over them."""
+    broken = False
+    for micro in window:
+        outputs = teacher(micro)
+        if outputs.head is not None:
+            said = outputs.head.hidden_states.flatten(0, 1)
+            rows = said if micro.supervised is None else said[micro.supervised]
+        elif outputs.logits is not None:
+            rows = outputs.logits[: micro.examples]
+        else:  # stored tokens, which are finite
+            continue
+        broken |= not bool(rows.isfinite().all())
+    return broken
+
+
 def _placed(
     recipe: Recipe, teacher: Teacher, key: str, config: Any, dtype: torch.dtype, batch: Batch, world: World
 ) -> tuple[nn.Module, Any, frozenset[str]]:
