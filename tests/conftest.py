@@ -45,6 +45,8 @@ ALONE = (
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.get_closest_marker("gpu") and not count_gpus():
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
         path = item.path.relative_to(ROOT / "tests").as_posix()
         for mark, files in (("alone", ALONE), ("cluster", CLUSTER)):
             if path.startswith(files):

@@ -121,7 +121,6 @@ def test_where_it_cannot_be_is_one_clear_error(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.gpu
 @needs_bitsandbytes
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("bf16", [False, True])
 def test_on_a_gpu_it_is_loaded_there_and_learns_what_the_cpu_does(
     tmp_path: Path, bf16: bool, monkeypatch: pytest.MonkeyPatch
