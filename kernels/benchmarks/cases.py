@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch.nn import functional
 
@@ -226,20 +227,30 @@ def _topk_distillation(rows: int, classes: int, width: int, dtype: torch.dtype, 
 
 
 def mmd(rows: int, width: int, dtype: torch.dtype, eager_runs: bool = True, slow_peers: bool = False) -> Case:
-    def eager(x: Inputs) -> torch.Tensor:
-        """The plain pairwise form: N x N distances, one Gaussian after another."""
-        pooled = _wide(torch.cat([x["source"], x["target"]]))
-        squares = pooled.square().sum(1)
-        distances = (squares[:, None] + squares[None] - 2 * pooled @ pooled.T).clamp(min=0)
+    def of(pooled: torch.Tensor, distances: torch.Tensor, n: int) -> torch.Tensor:
+        """One Gaussian after another."""
         bandwidth = distances.detach().sum() / (len(pooled) * (len(pooled) - 1))
         kernel = sum(torch.exp(-distances / (2 * bandwidth * 2.0 ** (q - 2))) for q in range(5))
         assert isinstance(kernel, torch.Tensor)
-        n = len(x["source"])
         return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
+
+    def eager(x: Inputs) -> torch.Tensor:
+        """N x N distances by one matrix product, as who knows the trick writes it."""
+        pooled = _wide(torch.cat([x["source"], x["target"]]))
+        squares = pooled.square().sum(1)
+        distances = (squares[:, None] + squares[None] - 2 * pooled @ pooled.T).clamp(min=0)
+        return of(pooled, distances, len(x["source"]))
+
+    def differences(x: Inputs) -> torch.Tensor:
+        """N x N x D differences, as the published code of DAN and its kin has it (Long et al. 2015; TLLib)."""
+        pooled = _wide(torch.cat([x["source"], x["target"]]))
+        return of(pooled, (pooled[None] - pooled[:, None]).square().sum(2), len(x["source"]))
 
     sides: dict[str, Side] = {"fleetune": lambda x: ours.mmd(x["source"], x["target"])}
     if eager_runs:
         sides |= {"eager": eager, "torch.compile": torch.compile(eager)}
+    if eager_runs and 13 * (2 * rows) ** 2 * width < psutil.virtual_memory().available:  # three such in fp32
+        sides["N x N x D"] = differences
     if eager_runs and _there("pykeops") and (slow_peers or torch.cuda.is_available()):
         sides["keops"] = _keops_mmd  # on 2 CPU cores some 14 s a call at 1,024 rows a side, four minutes at 4,096
     return Case(
