@@ -125,7 +125,7 @@ def test_a_byte_order_mark_and_unicode_are_read(folder: Path) -> None:
 def test_what_the_schema_does_not_know_is_named_with_what_would_be_right(folder: Path, more: str, message: str) -> None:
     file = write(folder, more)
     said = refusal(file)
-    assert said.startswith(f"{file}: ")
+    assert re.match(rf"{re.escape(str(file))}:[67]: ", said)  # the line too
     assert message in said
 
 
@@ -200,12 +200,12 @@ def test_bases_build_on_bases_each_with_paths_from_its_own_folder(folder: Path) 
     assert recipe.output_dir == str(folder / "out")
 
 
-def test_a_fault_names_the_file_that_set_the_key(folder: Path) -> None:
+def test_a_fault_names_the_file_that_set_the_key_and_the_line(folder: Path) -> None:
     base = write(folder, "training: {seed: -1, max_steps: 5}\n", name="base.yaml")
     file = write(folder, head="extends: base.yaml\ntraining: {max_steps: 0}\n")
     assert refusal(file).splitlines() == [
-        f"{file}: training.max_steps = 0: should be greater than 0",
-        f"{base}: training.seed = -1: should be greater than or equal to 0",
+        f"{file}:2: training.max_steps = 0: should be greater than 0",
+        f"{base}:6: training.seed = -1: should be greater than or equal to 0",
     ]
     assert refusal(file, "training.max_steps=-1").startswith("command line: training.max_steps = -1")
 
@@ -287,8 +287,10 @@ def test_a_bad_override_is_named(folder: Path, override: str, message: str) -> N
 
 
 def test_the_other_items_of_a_list_stay_the_files(folder: Path) -> None:
-    file = write(folder, "losses: [{kind: cross_entropy}, {kind: l1_penalty, weight: -1}]\n")
-    assert refusal(file, "losses.0.weight=2").startswith(f"{file}: losses.1.weight = -1")
+    file = write(folder, "losses:\n- {kind: cross_entropy}\n- {kind: l1_penalty, weight: -1}\n")
+    assert refusal(file, "losses.0.weight=2").startswith(f"{file}:8: losses.1.weight = -1")
+    missing = write(folder, "losses:\n- {kind: cross_entropy}\n- weight: 1\n")
+    assert refusal(missing).startswith(f"{missing}:8: losses.1.kind")  # the line of what lacks it
 
 
 def test_overriding_a_list_leaves_the_others_of_the_file_alone(folder: Path) -> None:
@@ -400,7 +402,7 @@ def test_variables_that_are_unset_malformed_or_secret_are_refused(
     monkeypatch.delenv("NOT_THERE", raising=False)
     file = write(folder, head=HEAD.replace("train.jsonl", f'"{path}"'))
     said = refusal(file)
-    assert said.startswith(f"{file}: data.train.path = {path!r}: ")
+    assert said.startswith(f"{file}:5: data.train.path = {path!r}: ")
     assert reason in said
     assert "hidden-value" not in said
 

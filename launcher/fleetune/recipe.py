@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,27 @@ from fleetune.strict_yaml import dump_yaml, parse_yaml
 
 @dataclass
 class _Layers:
-    """The merged recipe and, for each key, the file that set it."""
+    """The merged recipe and, for each key, the file that set it, and the line there."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[Path_, str] = field(default_factory=dict)
+    lines: dict[str, dict[str, int]] = field(default_factory=dict)  # of each file, by dotted key
 
     def origin(self, path: Path_, default: str) -> str:
-        while path:
-            if path in self.origins:
-                return self.origins[path]
-            path = path[:-1]
-        return default
+        """The file that set the key, or the nearest one above it."""
+        return next((self.origins[known] for known in _upwards(path) if known in self.origins), default)
+
+    def place(self, path: Path_, default: str) -> str:
+        """The same as FILE:LINE, where the line is known."""
+        return self.place_in(self.origin(path, default), path)
+
+    def place_in(self, file: str, path: Path_) -> str:
+        lines = self.lines.get(file, {})
+        return next((f"{file}:{lines[dotted(known)]}" for known in _upwards(path) if dotted(known) in lines), file)
+
+
+def _upwards(path: Path_) -> list[Path_]:
+    return [path[:depth] for depth in range(len(path), 0, -1)]
 
 
 # ---------------------------------------------------------------- files, overrides, paths
@@ -95,7 +105,7 @@ def _names(section: Any) -> list[Any]:
     return list(section) if isinstance(section, dict) else []
 
 
-def _localise(values: dict[str, Any], origin: str, folder: Path) -> None:
+def _localise(values: dict[str, Any], place: Callable[[Path_], str], folder: Path) -> None:
     """Expands variables and makes paths absolute, in the values that one file or override set."""
     teachers = values.get("teachers")
     listed = range(len(teachers)) if isinstance(teachers, list) else ()
@@ -109,7 +119,7 @@ def _localise(values: dict[str, Any], origin: str, folder: Path) -> None:
     for key in keys:
         parent, last = _lookup(values, key)
         if isinstance(parent, dict) and isinstance(parent.get(last), str):
-            where = f"{origin}: {dotted(key)}"
+            where = f"{place(key)}: {dotted(key)}"
             expanded = _expand(parent[last], where)
             if not expanded:
                 raise RecipeError(f"{where} = {shown(parent[last])}: is empty; leave it out, or give a path")
@@ -117,7 +127,7 @@ def _localise(values: dict[str, Any], origin: str, folder: Path) -> None:
                 parent[last] = local_or_hub(expanded, folder, is_local=key[-1] in ("output_dir", "cache"))
             except RuntimeError:  # of expanduser
                 raise RecipeError(f"{where} = {shown(parent[last])}: there is no such user") from None
-    _inline_template(values.get("data"), origin, folder)
+    _inline_template(values.get("data"), place(("data", "chat_template")), folder)
 
 
 def _inline_template(data: Any, origin: str, folder: Path) -> None:
@@ -154,7 +164,7 @@ def _read(file: Path, layers: _Layers, seen: tuple[Path, ...] = ()) -> None:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         place = f"{seen[-1]}: extends: {file}" if seen else str(file)
         raise RecipeError(f"{place}: cannot read the recipe: {reason}") from None
-    values = parse_yaml(text, str(file))
+    values = parse_yaml(text, str(file), lines=layers.lines.setdefault(str(file), {}))
     if not isinstance(values, dict):
         raise RecipeError(f"{file}: a recipe is a map of keys, this is {'empty' if values is None else shown(values)}")
     base = values.pop("extends", None)
@@ -162,7 +172,7 @@ def _read(file: Path, layers: _Layers, seen: tuple[Path, ...] = ()) -> None:
         if not isinstance(base, str):
             raise RecipeError(f"{file}: extends = {shown(base)}: should be the path of another recipe")
         _read(file.parent / base, layers, (*seen, file))
-    _localise(values, str(file), file.parent)
+    _localise(values, lambda path: layers.place_in(str(file), path), file.parent)
     layers.values = _merge(layers.values, values, str(file), layers.origins)
 
 
@@ -179,7 +189,7 @@ def _override(layers: _Layers, assignment: str) -> None:
     path = _path_of(name, layers.values)
     changed: dict[Path_, str] = {}
     over = _with(layers.values, path, value, changed)
-    _localise(over, COMMAND_LINE, Path.cwd())
+    _localise(over, lambda _: COMMAND_LINE, Path.cwd())
     index = next((depth for depth, part in enumerate(path) if isinstance(part, int)), 0)
     origin = layers.origin(path[:index], COMMAND_LINE)  # of the list's other items
     layers.values = _merge(layers.values, over, COMMAND_LINE, layers.origins)
@@ -258,7 +268,7 @@ def _validate(layers: _Layers, file: str) -> Recipe:
         recipe = Recipe.model_validate(layers.values)
     except ValidationError as error:
         raise RecipeError(
-            "\n".join(fault_lines(error, layers.values, Recipe, lambda path: layers.origin(path, file)))
+            "\n".join(fault_lines(error, layers.values, Recipe, lambda path: layers.place(path, file)))
         ) from None
     _refuse(combinations(recipe), layers, file)
     return recipe
@@ -268,7 +278,7 @@ def _refuse(faults: Iterable[tuple[str, Any, str]], layers: _Layers, file: str) 
     lines = []
     for name, value, message in faults:
         path = tuple(int(part) if part.isdigit() else part for part in name.split("."))
-        lines.append(f"{layers.origin(path, file)}: {name} = {shown(value)}: {message}")
+        lines.append(f"{layers.place(path, file)}: {name} = {shown(value)}: {message}")
     if lines:
         raise RecipeError("\n".join(lines))
 

@@ -70,15 +70,18 @@ _Loader.add_constructor(
 )
 
 
-def parse_yaml(text: str, origin: str, position: bool = True) -> Any:
-    """Raises RecipeError, with line and column unless `position` is off, where the text is not such YAML."""
+def parse_yaml(text: str, origin: str, position: bool = True, lines: dict[str, int] | None = None) -> Any:
+    """`lines` gets the line that each key, by its dotted path, stands in.
+
+    Raises RecipeError, with line and column unless `position` is off, where the text is not such YAML.
+    """
     place = origin
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
-        _check(node, "", {}, ())
+        _check(node, "", {}, (), {} if lines is None else lines)
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         if error.problem_mark is not None and position:
@@ -91,7 +94,7 @@ def parse_yaml(text: str, origin: str, position: bool = True) -> Any:
     raise RecipeError(f"{place}: not valid YAML: {message}")
 
 
-def _check(node: Any, path: str, sizes: dict[int, int], above: tuple[int, ...]) -> int:
+def _check(node: Any, path: str, sizes: dict[int, int], above: tuple[int, ...], lines: dict[str, int]) -> int:
     """How many nodes this is. Raises ConstructorError for a key that is doubled or no text, and for what never ends."""
     if id(node) in above:
         raise _fault(path, "an alias of something that it stands in", node)
@@ -101,7 +104,8 @@ def _check(node: Any, path: str, sizes: dict[int, int], above: tuple[int, ...]) 
     size = 1
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            size += _check(item, f"{path}.{index}", sizes, above)
+            lines[f"{path}.{index}"[1:]] = item.start_mark.line + 1
+            size += _check(item, f"{path}.{index}", sizes, above, lines)
     elif isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
@@ -113,7 +117,8 @@ def _check(node: Any, path: str, sizes: dict[int, int], above: tuple[int, ...]) 
             if key.value in seen and key.tag != _TAG + "merge":
                 raise _fault(there, "this key stands here twice", key)
             seen.add(key.value)
-            size += _check(value, there, sizes, above)
+            lines[there[1:]] = key.start_mark.line + 1
+            size += _check(value, there, sizes, above, lines)
     if size > _MOST_NODES:
         raise _fault(path, f"its aliases make more than {_MOST_NODES} values", node)
     sizes[id(node)] = size
