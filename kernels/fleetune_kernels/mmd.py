@@ -5,7 +5,12 @@ k = sum_q exp(-|x - y|² / (2 sigma_q²)), sigma_q² = factor^(q - K // 2) · ba
 
 Gradient: dL/dx_i = 4 a_i sum_j a_j k'(d²_ij) (x_i - x_j), formed in the forward pass, tile by tile (see `pairwise`);
 the backward pass multiplies by the incoming scalar. Memory: the gradients and some tiles, never a matrix of all pairs.
-The bandwidth is by default the mean of |x_i - x_j|² over all i != j of both sides, detached: closed form.
+The bandwidth is by default the mean of |x_i - x_j|² over all i != j of both sides: closed form. It is a constant to the
+gradient, as in the published code, or not (`detach_bandwidth=False`). As a constant it draws all features together,
+which is for nothing: the bandwidth follows, the loss stays as it was, and its gradient grows as the features shrink,
+until that of other losses is nothing beside it. Through the bandwidth the gradient is the other one without its part
+along the centred features z, since the loss is the same for all multiples of them:
+g_i - z_i (sum_j z_j · g_j) / sum_j |z_j|².
 
 On a GPU the matrix products of fp32 features are PyTorch's, and follow its setting of TF32
 (`torch.backends.cuda.matmul`, off by default): a distance then comes of features with 10 bits. `mmd` of up to 128
@@ -42,6 +47,7 @@ def mmd(
     num_kernels: int = 5,
     factor: float = 2.0,
     bandwidth: Bandwidth | None = None,
+    detach_bandwidth: bool = True,
     estimator: str = "biased",
     source_weights: torch.Tensor | None = None,
     target_weights: torch.Tensor | None = None,
@@ -61,6 +67,7 @@ def mmd(
         num_kernels: K, how many Gaussians the kernel sums.
         factor: between the variances of one Gaussian and the next; a finite number above 0.
         bandwidth: a finite number above 0, or a tensor of one; by default the mean of d² over the pairs.
+        detach_bandwidth: whether that mean is a constant to the gradient.
         estimator: biased, unbiased or linear.
         source_weights: (n,), 0 or more, not all 0; normalised to sum 1.
         target_weights: (m,), likewise.
@@ -74,7 +81,7 @@ def mmd(
             wait for it, they give nan or a number without meaning.
     """
     problem = TwoSides({"source": source}, {"target": target}, num_kernels, factor, group, sizes, backend)
-    problem.take_bandwidths(None if bandwidth is None else {"bandwidth": bandwidth})
+    problem.take_bandwidths(None if bandwidth is None else {"bandwidth": bandwidth}, detach_bandwidth)
     return _joint(problem, estimator, source_weights, target_weights)
 
 
@@ -86,6 +93,7 @@ def jmmd(
     num_kernels: int = 5,
     factor: float = 2.0,
     bandwidth: Sequence[Bandwidth] | None = None,
+    detach_bandwidth: bool = True,
     estimator: str = "biased",
     source_weights: torch.Tensor | None = None,
     target_weights: torch.Tensor | None = None,
@@ -103,6 +111,7 @@ def jmmd(
         num_kernels: K, how many Gaussians the kernel of each layer sums.
         factor: between the variances of one Gaussian and the next; a finite number above 0.
         bandwidth: one for each layer, as in `mmd`.
+        detach_bandwidth: as in `mmd`.
         estimator: biased, unbiased or linear.
         source_weights: (n,), 0 or more, not all 0; normalised to sum 1.
         target_weights: (m,), likewise.
@@ -124,7 +133,8 @@ def jmmd(
     problem = TwoSides(sources, targets, num_kernels, factor, group, sizes, backend)
     if bandwidth is not None and (isinstance(bandwidth, float | int) or len(bandwidth) != len(source_layers)):
         raise ValueError(f"bandwidth: {bandwidth!r}; should be one for each of {len(source_layers)} layers")
-    problem.take_bandwidths(None if bandwidth is None else {f"bandwidth[{i}]": one for i, one in enumerate(bandwidth)})
+    given = None if bandwidth is None else {f"bandwidth[{i}]": one for i, one in enumerate(bandwidth)}
+    problem.take_bandwidths(given, detach_bandwidth)
     return _joint(problem, estimator, source_weights, target_weights)
 
 
@@ -138,6 +148,7 @@ def lmmd(
     num_kernels: int = 5,
     factor: float = 2.0,
     bandwidth: Bandwidth | None = None,
+    detach_bandwidth: bool = True,
     group: torch.distributed.ProcessGroup | None = None,
     sizes: Sizes | None = None,
     backend: str = "auto",
@@ -158,6 +169,7 @@ def lmmd(
         num_kernels: K, how many Gaussians the kernel sums.
         factor: between the variances of one Gaussian and the next; a finite number above 0.
         bandwidth: a finite number above 0, or a tensor of one; by default the mean of d² over the pairs.
+        detach_bandwidth: as in `mmd`.
         group: the process group whose ranks' rows all count.
         sizes: (source rows, target rows) of each rank of the group.
         backend: auto, triton, torch or reference.
@@ -167,7 +179,7 @@ def lmmd(
     """
     problem = TwoSides({"source": source}, {"target": target}, num_kernels, factor, group, sizes, backend)
     problem.need_rows(1, "lmmd")
-    problem.take_bandwidths(None if bandwidth is None else {"bandwidth": bandwidth})
+    problem.take_bandwidths(None if bandwidth is None else {"bandwidth": bandwidth}, detach_bandwidth)
     if source_labels.shape != source.shape[:1] or source_labels.is_floating_point():
         raise ValueError(
             f"source_labels: {source_labels.dtype} of shape {tuple(source_labels.shape)}; "

@@ -25,6 +25,7 @@ from functools import cached_property
 import torch
 
 CHUNK_BYTES = 16 * 2**20  # of features centred at a time
+LEAST_DISTANCE = 1e-12  # the mean of the squared ones
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ def centre_of(
 
 
 def mean_distance(norms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The mean of |z_i - z_j|² over i != j, at least 1e-12: of centred rows 2N sum |z|² / (N (N - 1))."""
+    """The mean of |z_i - z_j|² over i != j, or LEAST_DISTANCE: of centred rows 2N sum |z|² / (N (N - 1))."""
     squares = torch.stack([side.sum(dtype=torch.float64) for side in norms]).sum()
-    return (2 * squares / (sum(map(len, norms)) - 1)).clamp(min=1e-12).to(norms[0].dtype)
+    return (2 * squares / (sum(map(len, norms)) - 1)).clamp(min=LEAST_DISTANCE).to(norms[0].dtype)
 
 
 def widest(num_kernels: int, factor: float) -> float:

@@ -16,6 +16,7 @@ def mmd(
     num_kernels: int = 5,
     factor: float = 2.0,
     bandwidth: float | torch.Tensor | None = None,
+    detach_bandwidth: bool = True,
     estimator: str = "biased",
     source_weights: torch.Tensor | None = None,  # (n,)
     target_weights: torch.Tensor | None = None,  # (m,)
@@ -28,6 +29,7 @@ def mmd(
         num_kernels=num_kernels,
         factor=factor,
         bandwidth=bandwidths,
+        detach_bandwidth=detach_bandwidth,
         estimator=estimator,
         source_weights=source_weights,
         target_weights=target_weights,
@@ -41,12 +43,13 @@ def jmmd(
     num_kernels: int = 5,
     factor: float = 2.0,
     bandwidth: Sequence[float | torch.Tensor] | None = None,
+    detach_bandwidth: bool = True,
     estimator: str = "biased",
     source_weights: torch.Tensor | None = None,  # (n,)
     target_weights: torch.Tensor | None = None,  # (m,)
 ) -> torch.Tensor:
     """Joint MMD²: the kernel is the product of the layers' kernels."""
-    kernel = _joint_kernel(source_layers, target_layers, num_kernels, factor, bandwidth)
+    kernel = _joint_kernel(source_layers, target_layers, num_kernels, factor, bandwidth, detach_bandwidth)
     n, m = len(source_layers[0]), len(target_layers[0])
     same, other, cross = kernel[:n, :n], kernel[n:, n:], kernel[:n, n:]
     if estimator == "linear":
@@ -70,9 +73,11 @@ def lmmd(
     num_kernels: int = 5,
     factor: float = 2.0,
     bandwidth: float | torch.Tensor | None = None,
+    detach_bandwidth: bool = True,
 ) -> torch.Tensor:
     """Local MMD²: the mean of every class's own MMD², over the classes present on both sides."""
-    kernel = _joint_kernel([source], [target], num_kernels, factor, None if bandwidth is None else [bandwidth])
+    bandwidths = None if bandwidth is None else [bandwidth]
+    kernel = _joint_kernel([source], [target], num_kernels, factor, bandwidths, detach_bandwidth)
     target_probs = target_probs.detach().to(kernel.dtype)
     one_hot = (source_labels[:, None] == torch.arange(target_probs.shape[1], device=source.device)).to(kernel.dtype)
     present = [c for c in range(target_probs.shape[1]) if one_hot[:, c].sum() > 0 and target_probs[:, c].sum() > 0]
@@ -97,6 +102,7 @@ def _joint_kernel(
     num_kernels: int,
     factor: float,
     bandwidths: Sequence[float | torch.Tensor] | None,
+    detach_bandwidth: bool,
 ) -> torch.Tensor:
     """(N, N) over the rows of source, then target: the product over layers of sum_q exp(-d² / (2 sigma_q²))."""
     dtype = torch.float64 if source_layers[0].dtype == torch.float64 else torch.float32
@@ -108,7 +114,8 @@ def _joint_kernel(
         distances = (norms[:, None] + norms - 2 * pooled @ pooled.t()).clamp(min=0)
         if bandwidths is None:
             rows = len(pooled)
-            bandwidth: float | torch.Tensor = (2 * norms.detach().sum() / (rows - 1)).clamp(min=1e-12)
+            squares = norms.detach() if detach_bandwidth else norms
+            bandwidth: float | torch.Tensor = (2 * squares.sum() / (rows - 1)).clamp(min=1e-12)
         else:
             bandwidth = bandwidths[layer]
         variances = [factor ** (q - num_kernels // 2) * bandwidth for q in range(num_kernels)]

@@ -13,7 +13,7 @@ import torch
 
 from fleetune_kernels.backends import choose, floating, full_precision, readable
 from fleetune_kernels.gathering import Sizes, check_sizes, gather, offset, total, with_own
-from fleetune_kernels.pairwise import centre_of, mean_distance
+from fleetune_kernels.pairwise import LEAST_DISTANCE, centre_of, mean_distance
 from fleetune_kernels.pairwise_op import sum_over_pairs
 
 Bandwidth = float | torch.Tensor
@@ -46,8 +46,11 @@ class TwoSides:
         self.rows = sum(self.counts[0]), sum(self.counts[1])
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.bandwidths: list[torch.Tensor] | None = None
+        self.detach_bandwidth = True
 
-    def take_bandwidths(self, given: Mapping[str, Bandwidth] | None) -> None:
+    def take_bandwidths(self, given: Mapping[str, Bandwidth] | None, detach: bool) -> None:
+        """`detach`: whether those that are not given, but the mean of the distances, are constants to the gradient."""
+        self.detach_bandwidth = detach or given is not None
         if given is None:
             return
         self.bandwidths = []
@@ -102,13 +105,17 @@ class TwoSides:
         """For the reference, which takes the bandwidths of all layers, or the one of a single layer."""
         one = None if self.bandwidths is None or layer is None else self.bandwidths[layer]
         bandwidth = self.bandwidths if layer is None else one
-        return {"num_kernels": self.num_kernels, "factor": self.factor, "bandwidth": bandwidth}
+        kernel = {"num_kernels": self.num_kernels, "factor": self.factor}
+        return {**kernel, "bandwidth": bandwidth, "detach_bandwidth": self.detach_bandwidth}
 
     # ------------------------------------------------------------ the losses
 
     def over_pairs(self, weights: list[torch.Tensor], *, unbiased: bool, uniform: bool) -> torch.Tensor:
         """sum_ij omega_ij k_ij, of the signed weights (rows of all ranks, C) of both sides."""
         features = [layer for pair in zip(*self.sides, strict=True) for layer in pair]
+        wanted = [torch.is_grad_enabled() and layer.requires_grad for layer in features]
+        if not self.detach_bandwidth:  # which all rows of a layer make together
+            wanted = [any(wanted)] * len(wanted)
         offsets = [offset(counts, self.group) for counts in self.counts]
         columns, own = [], weights
         if self.group is not None:
@@ -116,23 +123,42 @@ class TwoSides:
             own = [
                 side[start : start + rows] for side, start, rows in zip(weights, offsets, self.own_rows, strict=True)
             ]
-        loss: torch.Tensor = sum_over_pairs(
+        loss, *gradients = sum_over_pairs(
             features,
             columns,
             own,
             weights if columns else [],
             offsets,
             None if self.bandwidths is None else torch.stack(self.bandwidths),
-            [torch.is_grad_enabled() and layer.requires_grad for layer in features],
+            wanted,
             self.num_kernels,
             self.factor,
             unbiased,
             uniform,
             self.chosen,
-        )[0]
+        )
         if self.group is not None:  # the others' shares, which have no gradient here
             loss = loss + (total(loss, self.group) - loss.detach())
-        return loss.to(self.dtype)
+        if not self.detach_bandwidth and any(wanted):
+            loss = loss + self._through_bandwidths(features, columns or features, gradients)
+        return loss.to(self.dtype)  # type: ignore[no-any-return]
+
+    def _through_bandwidths(
+        self, features: list[torch.Tensor], everyone: list[torch.Tensor], gradients: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """0, with the gradient that the loss has through the mean distances: -z_i (sum_j z_j · g_j) / sum_j |z_j|²."""
+        nothing = features[0].new_zeros((), dtype=torch.float64)
+        for layer in range(0, len(features), 2):
+            pair = slice(layer, layer + 2)
+            centre, norms = centre_of([side.detach() for side in everyone[pair]], self.dtype)
+            centred = [side.to(self.dtype) - centre for side in features[pair]]
+            along = [(z.detach() * g).sum(dtype=torch.float64) for z, g in zip(centred, gradients[pair], strict=True)]
+            squares = torch.stack([side.sum(dtype=torch.float64) for side in norms]).sum()
+            share = total(torch.stack(along).sum(), self.group) / squares
+            share = torch.where(mean_distance(norms) > LEAST_DISTANCE, share, 0.0)  # below it is a constant
+            half = torch.stack([z.square().sum(dtype=torch.float64) for z in centred]).sum() / 2
+            nothing = nothing - share * (half - half.detach())
+        return nothing
 
     def linear(self) -> torch.Tensor:
         """The mean of k(s, s') + k(t, t') - k(s, t') - k(s', t) over consecutive rows s, s' and t, t': O(n)."""
@@ -141,7 +167,11 @@ class TwoSides:
         kernels = []
         for layer, (source, target) in enumerate(zip(*sides, strict=True)):
             if self.bandwidths is None:
-                _, norms = centre_of([source.detach(), target.detach()], self.dtype)
+                if self.detach_bandwidth:
+                    _, norms = centre_of([source.detach(), target.detach()], self.dtype)
+                else:
+                    rows = torch.cat([source, target]).to(self.dtype)
+                    norms = [(rows - rows.mean(0)).square().sum(1)]
                 bandwidth = mean_distance(norms)
             else:
                 bandwidth = self.bandwidths[layer]

@@ -27,6 +27,7 @@ from fleetune_kernels import reference_mmd
 ROWS, TARGETS, GLOBAL_BATCH = 37, 23, 16  # the last window has 5 rows; the target begins anew within each epoch
 LOSSES: dict[str, dict[str, Any]] = {
     "mmd": {"kind": "mmd"},
+    "mmd_detached": {"kind": "mmd", "detach_bandwidth": True},
     "mmd_unbiased": {"kind": "mmd", "estimator": "unbiased", "layer": 0, "bandwidth": 0.5, "num_kernels": 3},
     "mmd_linear": {"kind": "mmd", "estimator": "linear", "layer": "logits", "factor": 3.0},
     "jmmd": {"kind": "jmmd", "layers": ["pooled", "probabilities", 1, "bert.encoder.layer.0.output"]},
@@ -35,7 +36,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "dann": {"kind": "dann", "weight": 0.3},
     "entropy": {"kind": "entropy"},
 }
-ACCUMULATED = [name for name, loss in LOSSES.items() if name not in ("mmd_linear", "dann", "entropy")]
+ACCUMULATED = [name for name, loss in LOSSES.items() if name not in ("mmd_linear", "mmd_detached", "dann", "entropy")]
 WINDOWS = {"whole": 0, "short": -1}
 Found = dict[tuple[str, tuple[int, int], str], tuple[dict[str, torch.Tensor], dict[str, float]]]
 
@@ -183,11 +184,12 @@ def test_the_reference_is_the_formulas_in_plain_pytorch(workspace: Path, gradien
     mask = inputs["attention_mask"][:, :, None].float()
     first = (outputs.hidden_states[1] * mask).sum(1) / mask.sum(1)
     expected = {
-        "mmd": reference_mmd.mmd(*sides),
+        "mmd": reference_mmd.mmd(*sides, detach_bandwidth=False),
+        "mmd_detached": reference_mmd.mmd(*sides),
         "mmd_unbiased": reference_mmd.mmd(
             first[:GLOBAL_BATCH], first[GLOBAL_BATCH:], estimator="unbiased", bandwidth=0.5, num_kernels=3
         ),
-        "lmmd": reference_mmd.lmmd(*sides, labels, probabilities),
+        "lmmd": reference_mmd.lmmd(*sides, labels, probabilities, detach_bandwidth=False),
         "coral": reference_mmd.coral(*sides),
         "entropy": -(probabilities * probabilities.log()).sum(-1).mean(),
     }

@@ -36,6 +36,13 @@ def losses(backend: str) -> dict[str, Loss]:
         "linear": lambda s, t, *_, **group: mmd(s, t, estimator="linear", **options, **group),
         "jmmd": lambda s, t, s2, t2, *_, **group: jmmd([s, s2], [t, t2], estimator="unbiased", **options, **group),
         "lmmd": lambda s, t, s2, t2, w, labels, probs, **group: lmmd(s, t, labels, probs, **options, **group),
+        "through": lambda s, t, *_, **group: mmd(s, t, detach_bandwidth=False, **options, **group),
+        "jmmd through": lambda s, t, s2, t2, *_, **group: jmmd(
+            [s, s2], [t, t2], detach_bandwidth=False, **options, **group
+        ),
+        "linear through": lambda s, t, *_, **group: mmd(
+            s, t, estimator="linear", detach_bandwidth=False, **options, **group
+        ),
         "coral": lambda s, t, *_, **group: coral(s, t, **options, **group),
     }
 

@@ -15,6 +15,7 @@ from mmd_examples import WEIGHTS, cut, features, gradients, judge
 from fleetune_kernels import coral, jmmd, lmmd, mmd
 from fleetune_kernels import reference_mmd as reference
 
+THROUGH = {"detach_bandwidth": False}
 SHAPES = [(32, 32, 16), (37, 21, 19), (12, 17, 264)]  # n, m, D: aligned, ragged, and too wide for one kernel
 
 
@@ -32,6 +33,9 @@ SHAPES = [(32, 32, 16), (37, 21, 19), (12, 17, 264)]  # n, m, D: aligned, ragged
         {"factor": 3.0, "num_kernels": 4, "estimator": "unbiased"},
         {"factor": 0.5, "num_kernels": 2, "bandwidth": torch.tensor([8.0], device=DEVICE)},
         {"num_kernels": 1, "bandwidth": 30.0},
+        {**THROUGH},
+        {**THROUGH, **WEIGHTS, "estimator": "unbiased", "factor": 0.5},
+        {**THROUGH, "estimator": "linear"},
     ],
     ids=lambda options: "-".join(options) or "defaults",
 )
@@ -179,6 +183,31 @@ def test_nothing_is_differentiated_twice_but_the_reference() -> None:
 def test_the_references_gradients_are_those_of_finite_differences(options: dict[str, Any]) -> None:
     sides = features(5, 2, torch.float64), features(6, 2, torch.float64, seed=1)
     assert torch.autograd.gradcheck(lambda s, t: reference.mmd(s, t, bandwidth=2.0, **options), sides)
+    assert torch.autograd.gradcheck(lambda s, t: reference.mmd(s, t, **THROUGH, **options), sides)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_through_the_bandwidth_nothing_draws_all_features_together(backend: str) -> None:
+    """The loss is the same for all multiples of the features, so its gradient has no part along them."""
+    source, target = features(9, 4, seed=2), features(7, 4)
+    centre = torch.cat([source, target]).detach().mean(0)
+
+    def along(**options: Any) -> float:
+        found = torch.autograd.grad(mmd(source, target, backend=backend, **options), (source, target))
+        sides = zip(found, (source.detach(), target.detach()), strict=True)
+        return sum(float((gradient * (rows - centre)).sum()) for gradient, rows in sides)
+
+    assert along(**THROUGH) == pytest.approx(0.0, abs=1e-6)
+    assert along() > 0.05
+    assert along(bandwidth=2.0, **THROUGH) == along(bandwidth=2.0) != 0.0
+
+
+@pytest.mark.parametrize("estimator", ["biased", "linear"])
+def test_through_the_bandwidth_rows_that_are_equal_have_no_gradient(estimator: str) -> None:
+    source, target = (torch.full((rows, 3), 0.1, requires_grad=True, device=DEVICE) for rows in (8, 6))
+    loss = mmd(source, target, estimator=estimator, **THROUGH)
+    found = gradients(loss, s=source, t=target).values()
+    assert all(one is not None and one.abs().max() < 1e-6 for one in found)  # and none is no number
 
 
 def test_the_definition_by_hand() -> None:
@@ -196,7 +225,14 @@ def test_the_definition_by_hand() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"estimator": "unbiased", **WEIGHTS}, {"estimator": "linear"}, {"bandwidth": [3.0, 9.0], "factor": 3.0}],
+    [
+        {},
+        {"estimator": "unbiased", **WEIGHTS},
+        {"estimator": "linear"},
+        {"bandwidth": [3.0, 9.0], "factor": 3.0},
+        {**THROUGH},
+        {**THROUGH, "estimator": "linear"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -212,7 +248,8 @@ def test_jmmd_is_as_exact_as_eager(dtype: torch.dtype, options: dict[str, Any]) 
     )
 
 
-def test_jmmd_with_a_layer_that_wants_no_gradient() -> None:
+@pytest.mark.parametrize("options", [{}, THROUGH], ids=str)
+def test_jmmd_with_a_layer_that_wants_no_gradient(options: dict[str, Any]) -> None:
     inputs = {
         "s": features(6, 4),
         "s2": features(6, 2, seed=2),
@@ -221,14 +258,18 @@ def test_jmmd_with_a_layer_that_wants_no_gradient() -> None:
     }
     inputs["s2"].requires_grad_(False)
     inputs["t"].requires_grad_(False)
-    judge(lambda s, s2, t, t2: jmmd([s, s2], [t, t2]), lambda s, s2, t, t2: reference.jmmd([s, s2], [t, t2]), **inputs)
+    judge(
+        lambda s, s2, t, t2: jmmd([s, s2], [t, t2], **options),
+        lambda s, s2, t, t2: reference.jmmd([s, s2], [t, t2], **options),
+        **inputs,
+    )
 
 
 LABELS = torch.tensor([0, 1, 1, 4, -100, 4, 0, 1, 9], device=DEVICE)
 PROBS = torch.randn(14, 6, generator=torch.Generator().manual_seed(5)).softmax(1).to(DEVICE)
 
 
-@pytest.mark.parametrize("options", [{}, {"bandwidth": 7.0, "num_kernels": 2, "factor": 3.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bandwidth": 7.0, "num_kernels": 2, "factor": 3.0}, THROUGH], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lmmd_is_as_exact_as_eager(dtype: torch.dtype, options: dict[str, Any]) -> None:
     probs = PROBS.clone()

@@ -121,6 +121,7 @@ def losses(source: torch.Tensor, target: torch.Tensor) -> Iterator[torch.Tensor]
     weights = {"source_weights": source[:, 0].square(), "target_weights": target[:, 0].square()}
     for estimator in ("biased", "unbiased", "linear"):
         yield mmd(source, target, estimator=estimator)
+        yield mmd(source, target, estimator=estimator, detach_bandwidth=False)
     yield mmd(source, target, estimator="unbiased", **weights, bandwidth=2.0)
     yield jmmd([source, source[:, :2]], [target, target[:, 2:]])
     yield lmmd(source, target, labels, probs)

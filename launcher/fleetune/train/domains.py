@@ -123,7 +123,13 @@ def _compare(loss: Any, kernels: str, weighted: bool, features: Features) -> tor
     if isinstance(loss, Coral):
         value: torch.Tensor = coral(source[0], target[0], **ranks)
         return value
-    kernel: dict[str, Any] = {"num_kernels": loss.num_kernels, "factor": loss.factor, "backend": kernels, **ranks}
+    kernel: dict[str, Any] = {
+        "num_kernels": loss.num_kernels,
+        "factor": loss.factor,
+        "detach_bandwidth": loss.detach_bandwidth,
+        "backend": kernels,
+        **ranks,
+    }
     # Where all rows that meet have weight 0 they count alike; a mean of nothing would be no number.
     weights = features.weights.clamp(min=1e-12) if weighted else None
     if isinstance(loss, Lmmd):
