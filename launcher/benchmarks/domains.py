@@ -8,7 +8,7 @@
 `tune` says which weight is best on the labelled rows of books and dvd, and the recipes take that one; electronics shows
 whether it carries over. `run` is seed 0 of every pair and method first; then seeds 1 and 2 of the source alone, the
 oracle and the method that is best on average. Every run is one recorded result; what is recorded is not run again, and
-what was broken off goes on.
+what was broken off goes on. On a GPU: --ranks 1, and --at-once as many runs as it and the CPU's cores have room for.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +69,20 @@ def name_of(pair: tuple[str, str], arm: str, value: float | None, seed: int, sma
     return f"domains{'_small' if small else ''}/{'-'.join(pair)}-{arm}{setting}-{seed}"
 
 
-def run(pair: tuple[str, str], arm: str, value: float | None, seed: int, runs: Path, small: bool = False) -> None:
-    """One training run, by the command that a person would type. Raises CalledProcessError where it fails."""
+@dataclass(frozen=True)
+class Trial:
+    """One training run."""
+
+    pair: tuple[str, str]
+    arm: str
+    value: float | None  # of what is tuned
+    seed: int = 0
+    small: bool = False
+
+
+def run(trial: Trial, runs: Path, ranks: int) -> None:
+    """By the command that a person would type. Raises CalledProcessError where it fails."""
+    pair, arm, value, seed, small = trial.pair, trial.arm, trial.value, trial.seed, trial.small
     name = name_of(pair, arm, value, seed, small)
     if record.read(name) is not None:
         return
@@ -77,13 +92,19 @@ def run(pair: tuple[str, str], arm: str, value: float | None, seed: int, runs: P
     recipe = f"recipes/amazon/{arm.removesuffix('-detached')}.yaml"
     shown = ["run", recipe, f"name={folder}", f"training.seed={seed}", *tuned, *(SMALL if small else [])]
     chosen = {"AMAZON_SOURCE": pair[0], "AMAZON_TARGET": pair[1]}
-    command = [sys.executable, "-m", "fleetune.cli", *shown, f"output_dir={runs}", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "fleetune.cli", *shown, f"output_dir={runs}", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "FLEETUNE_DATA": str(DATA), **chosen}
     subprocess.run(command, cwd=ROOT, check=True, env=environment)
     report = json.loads((runs / folder / "eval.json").read_text(encoding="utf-8"))
     figures = {key: report[key] for key in ("validation", "test", "train_seconds", "step", "shift")}
     variables = " ".join(f"{key}={value}" for key, value in chosen.items())
-    record.write(name, f"{variables} fleetune {' '.join(shown)} --nproc-per-node 2", figures)
+    record.write(name, f"{variables} fleetune {' '.join(shown)} --nproc-per-node {ranks}", figures)
+
+
+def run_all(trials: Iterable[Trial], runs: Path, ranks: int, at_once: int) -> None:
+    with ThreadPoolExecutor(at_once) as pool:
+        for _ in pool.map(lambda trial: run(trial, runs, ranks), trials):
+            pass
 
 
 def accuracy(result: dict[str, Any], split: str) -> float:
@@ -166,24 +187,24 @@ def main() -> None:
     parser.add_argument("what", choices=("tune", "run", "table"))
     parser.add_argument("--small", action="store_true", help="books to dvd, seed 0, 20 steps of each")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "domains")
+    parser.add_argument("--ranks", type=int, default=2, help="of each run; 2 when absent")
+    parser.add_argument("--at-once", type=int, default=1, help="so many runs beside each other; 1 when absent")
     arguments = parser.parse_args()
-    small, runs = arguments.small, arguments.runs.absolute()
+    small, where = arguments.small, (arguments.runs.absolute(), arguments.ranks, arguments.at_once)
     if small and arguments.what == "tune":
         parser.error("--small is of run and table: weights are tuned by whole runs")
     if arguments.what == "tune":
-        for arm, pair in itertools.product((SOURCE_ONLY, *TRIED), TUNED_ON):
-            for value in TRIED.get(arm, (None,)):
-                run(pair, arm, value, 0, runs)
+        arms = itertools.product((SOURCE_ONLY, *TRIED), TUNED_ON)
+        run_all((Trial(pair, arm, value) for arm, pair in arms for value in TRIED.get(arm, (None,))), *where)
         tuning_table()
         return
     if arguments.what == "run":
         pairs = PAIRS[:1] if small else PAIRS
-        for pair, arm in itertools.product(pairs, ARMS):
-            run(pair, arm, chosen(arm), 0, runs, small)
+        arms = itertools.product(pairs, ARMS)
+        run_all((Trial(pair, arm, chosen(arm), small=small) for pair, arm in arms), *where)
         if not small:
-            for seed, pair in itertools.product(SEEDS[1:], pairs):
-                for arm in (SOURCE_ONLY, best_method(small), ORACLE):
-                    run(pair, arm, chosen(arm), seed, runs)
+            again = itertools.product(SEEDS[1:], pairs, (SOURCE_ONLY, best_method(small), ORACLE))
+            run_all((Trial(pair, arm, chosen(arm), seed) for seed, pair, arm in again), *where)
     if not small:
         tuning_table()
         print()
