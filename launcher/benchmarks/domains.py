@@ -200,8 +200,8 @@ def main() -> None:
         return
     if arguments.what == "run":
         pairs = PAIRS[:1] if small else PAIRS
-        arms = itertools.product(pairs, ARMS)
-        run_all((Trial(pair, arm, chosen(arm), small=small) for pair, arm in arms), *where)
+        each = itertools.product(pairs, ARMS)
+        run_all((Trial(pair, arm, chosen(arm), small=small) for pair, arm in each), *where)
         if not small:
             again = itertools.product(SEEDS[1:], pairs, (SOURCE_ONLY, best_method(small), ORACLE))
             run_all((Trial(pair, arm, chosen(arm), seed) for seed, pair, arm in again), *where)
