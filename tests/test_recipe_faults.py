@@ -496,6 +496,7 @@ def of_domains() -> Iterator[Fault]:
         ("losses.1.layers", {**regression, "losses": [{"kind": "mse"}, {"kind": "jmmd"}]}, "is for classes"),
         ("losses.1.layers", {"losses": [task, {"kind": "jmmd", "layers": [1, 2, 1]}]}, "a layer stands there twice"),
         ("losses.1.layers.1", {"losses": [task, {"kind": "jmmd", "layers": [1, "poled"]}]}, "should be pooled, logits"),
+        ("losses.1.bandwidths", {"losses": [task, {"kind": "jmmd", "bandwidths": [1]}]}, "one for each of 2 layers"),
         ("losses.1.layers", {"losses": [task, {"kind": "jmmd", "layers": [1]}]}, "at least 2 items"),
         (
             "losses.1.estimator",

@@ -81,7 +81,7 @@ def mmd(
             wait for it, they give nan or a number without meaning.
     """
     problem = TwoSides({"source": source}, {"target": target}, num_kernels, factor, group, sizes, backend)
-    problem.take_bandwidths(None if bandwidth is None else {"bandwidth": bandwidth}, detach_bandwidth)
+    problem.take_bandwidths({"bandwidth": bandwidth}, detach_bandwidth)
     return _joint(problem, estimator, source_weights, target_weights)
 
 
@@ -92,7 +92,7 @@ def jmmd(
     *,
     num_kernels: int = 5,
     factor: float = 2.0,
-    bandwidth: Sequence[Bandwidth] | None = None,
+    bandwidth: Sequence[Bandwidth | None] | None = None,
     detach_bandwidth: bool = True,
     estimator: str = "biased",
     source_weights: torch.Tensor | None = None,
@@ -110,7 +110,7 @@ def jmmd(
         target_layers: each (m, D_l), in the same order and dtype.
         num_kernels: K, how many Gaussians the kernel of each layer sums.
         factor: between the variances of one Gaussian and the next; a finite number above 0.
-        bandwidth: one for each layer, as in `mmd`.
+        bandwidth: one for each layer, as in `mmd`; None for one that takes its mean distance.
         detach_bandwidth: as in `mmd`.
         estimator: biased, unbiased or linear.
         source_weights: (n,), 0 or more, not all 0; normalised to sum 1.
@@ -131,9 +131,10 @@ def jmmd(
         for name, layers in (("source_layers", source_layers), ("target_layers", target_layers))
     )
     problem = TwoSides(sources, targets, num_kernels, factor, group, sizes, backend)
-    if bandwidth is not None and (isinstance(bandwidth, float | int) or len(bandwidth) != len(source_layers)):
-        raise ValueError(f"bandwidth: {bandwidth!r}; should be one for each of {len(source_layers)} layers")
-    given = None if bandwidth is None else {f"bandwidth[{i}]": one for i, one in enumerate(bandwidth)}
+    layers = len(source_layers)
+    if bandwidth is not None and (isinstance(bandwidth, float | int) or len(bandwidth) != layers):
+        raise ValueError(f"bandwidth: {bandwidth!r}; should be one for each of {layers} layers")
+    given = {f"bandwidth[{i}]": one for i, one in enumerate([None] * layers if bandwidth is None else bandwidth)}
     problem.take_bandwidths(given, detach_bandwidth)
     return _joint(problem, estimator, source_weights, target_weights)
 
@@ -179,7 +180,7 @@ def lmmd(
     """
     problem = TwoSides({"source": source}, {"target": target}, num_kernels, factor, group, sizes, backend)
     problem.need_rows(1, "lmmd")
-    problem.take_bandwidths(None if bandwidth is None else {"bandwidth": bandwidth}, detach_bandwidth)
+    problem.take_bandwidths({"bandwidth": bandwidth}, detach_bandwidth)
     if source_labels.shape != source.shape[:1] or source_labels.is_floating_point():
         raise ValueError(
             f"source_labels: {source_labels.dtype} of shape {tuple(source_labels.shape)}; "

@@ -37,7 +37,8 @@ class Pairs:
     row_weights: Sequence[torch.Tensor]  # (n, C) and (m, C): positive for source, negative for target
     column_weights: Sequence[torch.Tensor]
     offsets: Sequence[int]  # where own rows stand among the columns, by side
-    bandwidths: torch.Tensor | None  # (L,)
+    bandwidths: torch.Tensor  # (L,)
+    means: Sequence[bool]  # (L,): the layer's own mean distance in place of its bandwidth
     wanted: Sequence[bool]  # a gradient, of each of the rows
     num_kernels: int
     factor: float
@@ -86,7 +87,7 @@ class Pairs:
 
     def _centre(self, layer: int) -> Centred:
         centre, norms = centre_of(self.columns[2 * layer : 2 * layer + 2], self.dtype)
-        bandwidth = mean_distance(norms) if self.bandwidths is None else self.bandwidths[layer].to(self.dtype)
+        bandwidth = mean_distance(norms) if self.means[layer] else self.bandwidths[layer].to(self.dtype)
         return Centred(centre, norms, 1 / (2 * widest(self.num_kernels, self.factor) * bandwidth))
 
 

@@ -11,8 +11,8 @@ from fleetune_kernels.pairwise import Pairs
 
 SCHEMA = (
     "(Tensor[] rows, Tensor[] columns, Tensor[] row_weights, Tensor[] column_weights, int[] offsets, "
-    "Tensor? bandwidths, bool[] wanted, int num_kernels, float factor, bool unbiased, bool uniform, str backend) "
-    "-> Tensor[]"
+    "Tensor bandwidths, bool[] means, bool[] wanted, int num_kernels, float factor, bool unbiased, bool uniform, "
+    "str backend) -> Tensor[]"
 )
 
 
@@ -22,7 +22,8 @@ def _forward(
     row_weights: list[torch.Tensor],
     column_weights: list[torch.Tensor],  # empty where they are the rows'
     offsets: list[int],
-    bandwidths: torch.Tensor | None,
+    bandwidths: torch.Tensor,
+    means: list[bool],
     wanted: list[bool],
     num_kernels: int,
     factor: float,
@@ -38,6 +39,7 @@ def _forward(
         column_weights or row_weights,
         offsets,
         bandwidths,
+        means,
         wanted,
         num_kernels,
         factor,
@@ -63,6 +65,7 @@ def _fake(
     column_weights: Any,
     offsets: Any,
     bandwidths: Any,
+    means: Any,
     wanted: list[bool],
     *options: Any,
 ) -> list[torch.Tensor]:
@@ -74,7 +77,7 @@ def _fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
-    rows, columns, *_, wanted = inputs[:7]
+    rows, columns, *_, wanted = inputs[:8]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
@@ -92,7 +95,7 @@ def _backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
             continue
         factor = scale.to(gradient.dtype)
         found.append((gradient.mul_(factor) if in_place else gradient * factor).to(ctx.dtype))
-    return found, [None] * ctx.columns, [None] * 2, [None] * (2 if ctx.columns else 0), *[None] * 8
+    return found, [None] * ctx.columns, [None] * 2, [None] * (2 if ctx.columns else 0), *[None] * 9
 
 
 def _keeps_graph() -> bool:

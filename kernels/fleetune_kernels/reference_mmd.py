@@ -22,13 +22,12 @@ def mmd(
     target_weights: torch.Tensor | None = None,  # (m,)
 ) -> torch.Tensor:
     """Multi-kernel MMD² as in `fleetune_kernels.mmd`, over matrices of all pairs, in fp32 (fp64 stays fp64)."""
-    bandwidths = None if bandwidth is None else [bandwidth]
     return jmmd(
         [source],
         [target],
         num_kernels=num_kernels,
         factor=factor,
-        bandwidth=bandwidths,
+        bandwidth=[bandwidth],
         detach_bandwidth=detach_bandwidth,
         estimator=estimator,
         source_weights=source_weights,
@@ -42,7 +41,7 @@ def jmmd(
     *,
     num_kernels: int = 5,
     factor: float = 2.0,
-    bandwidth: Sequence[float | torch.Tensor] | None = None,
+    bandwidth: Sequence[float | torch.Tensor | None] | None = None,
     detach_bandwidth: bool = True,
     estimator: str = "biased",
     source_weights: torch.Tensor | None = None,  # (n,)
@@ -76,8 +75,7 @@ def lmmd(
     detach_bandwidth: bool = True,
 ) -> torch.Tensor:
     """Local MMD²: the mean of every class's own MMD², over the classes present on both sides."""
-    bandwidths = None if bandwidth is None else [bandwidth]
-    kernel = _joint_kernel([source], [target], num_kernels, factor, bandwidths, detach_bandwidth)
+    kernel = _joint_kernel([source], [target], num_kernels, factor, [bandwidth], detach_bandwidth)
     target_probs = target_probs.detach().to(kernel.dtype)
     one_hot = (source_labels[:, None] == torch.arange(target_probs.shape[1], device=source.device)).to(kernel.dtype)
     present = [c for c in range(target_probs.shape[1]) if one_hot[:, c].sum() > 0 and target_probs[:, c].sum() > 0]
@@ -101,7 +99,7 @@ def _joint_kernel(
     target_layers: Sequence[torch.Tensor],
     num_kernels: int,
     factor: float,
-    bandwidths: Sequence[float | torch.Tensor] | None,
+    bandwidths: Sequence[float | torch.Tensor | None] | None,
     detach_bandwidth: bool,
 ) -> torch.Tensor:
     """(N, N) over the rows of source, then target: the product over layers of sum_q exp(-d² / (2 sigma_q²))."""
@@ -112,12 +110,10 @@ def _joint_kernel(
         pooled = pooled - pooled.detach().mean(0)  # distances stay, cancellation goes
         norms = pooled.square().sum(1)
         distances = (norms[:, None] + norms - 2 * pooled @ pooled.t()).clamp(min=0)
-        if bandwidths is None:
-            rows = len(pooled)
+        bandwidth = None if bandwidths is None else bandwidths[layer]
+        if bandwidth is None:
             squares = norms.detach() if detach_bandwidth else norms
-            bandwidth: float | torch.Tensor = (2 * squares.sum() / (rows - 1)).clamp(min=1e-12)
-        else:
-            bandwidth = bandwidths[layer]
+            bandwidth = (2 * squares.sum() / (len(pooled) - 1)).clamp(min=1e-12)
         variances = [factor ** (q - num_kernels // 2) * bandwidth for q in range(num_kernels)]
         kernels.append(functools.reduce(operator.add, [torch.exp(distances / (-2 * v)) for v in variances]))
     return functools.reduce(operator.mul, kernels)

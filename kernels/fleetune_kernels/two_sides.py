@@ -45,17 +45,16 @@ class TwoSides:
         self.counts = list(zip(*check_sizes(group, sizes, self.own_rows), strict=True))  # of every rank, by side
         self.rows = sum(self.counts[0]), sum(self.counts[1])
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        self.bandwidths: list[torch.Tensor] | None = None
+        self.bandwidths: list[torch.Tensor | None] = [None] * len(self.sides[0])  # None: the mean distance
         self.detach_bandwidth = True
 
-    def take_bandwidths(self, given: Mapping[str, Bandwidth] | None, detach: bool) -> None:
-        """`detach`: whether those that are not given, but the mean of the distances, are constants to the gradient."""
-        self.detach_bandwidth = detach or given is not None
-        if given is None:
-            return
-        self.bandwidths = []
+    def take_bandwidths(self, given: Mapping[str, Bandwidth | None], detach: bool) -> None:
+        """One for each layer. `detach`: whether a mean distance is a constant to the gradient."""
+        self.detach_bandwidth, self.bandwidths = detach, []
         for name, value in given.items():
-            if isinstance(value, torch.Tensor):
+            if value is None:
+                self.bandwidths.append(None)
+            elif isinstance(value, torch.Tensor):
                 if value.numel() != 1 or value.device != self.sides[0][0].device:
                     raise ValueError(
                         f"{name}: shape {tuple(value.shape)} on {value.device}; "
@@ -103,8 +102,7 @@ class TwoSides:
 
     def kernel_options(self, layer: int | None = None) -> dict[str, Any]:
         """For the reference, which takes the bandwidths of all layers, or the one of a single layer."""
-        one = None if self.bandwidths is None or layer is None else self.bandwidths[layer]
-        bandwidth = self.bandwidths if layer is None else one
+        bandwidth = self.bandwidths if layer is None else self.bandwidths[layer]
         kernel = {"num_kernels": self.num_kernels, "factor": self.factor}
         return {**kernel, "bandwidth": bandwidth, "detach_bandwidth": self.detach_bandwidth}
 
@@ -114,8 +112,9 @@ class TwoSides:
         """sum_ij omega_ij k_ij, of the signed weights (rows of all ranks, C) of both sides."""
         features = [layer for pair in zip(*self.sides, strict=True) for layer in pair]
         wanted = [torch.is_grad_enabled() and layer.requires_grad for layer in features]
-        if not self.detach_bandwidth:  # which all rows of a layer make together
-            wanted = [any(wanted)] * len(wanted)
+        through = not self.detach_bandwidth and None in self.bandwidths and any(wanted)
+        if through:  # all rows of a layer make its bandwidth together
+            wanted = [True] * len(wanted)
         offsets = [offset(counts, self.group) for counts in self.counts]
         columns, own = [], weights
         if self.group is not None:
@@ -129,7 +128,8 @@ class TwoSides:
             own,
             weights if columns else [],
             offsets,
-            None if self.bandwidths is None else torch.stack(self.bandwidths),
+            torch.stack([self._full((), 1.0) if one is None else one for one in self.bandwidths]),
+            [one is None for one in self.bandwidths],
             wanted,
             self.num_kernels,
             self.factor,
@@ -139,7 +139,7 @@ class TwoSides:
         )
         if self.group is not None:  # the others' shares, which have no gradient here
             loss = loss + (total(loss, self.group) - loss.detach())
-        if not self.detach_bandwidth and any(wanted):
+        if through:
             loss = loss + self._through_bandwidths(features, columns or features, gradients)
         return loss.to(self.dtype)  # type: ignore[no-any-return]
 
@@ -148,8 +148,10 @@ class TwoSides:
     ) -> torch.Tensor:
         """0, with the gradient that the loss has through the mean distances: -z_i (sum_j z_j · g_j) / sum_j |z_j|²."""
         nothing = features[0].new_zeros((), dtype=torch.float64)
-        for layer in range(0, len(features), 2):
-            pair = slice(layer, layer + 2)
+        for layer, given in enumerate(self.bandwidths):
+            if given is not None:
+                continue
+            pair = slice(2 * layer, 2 * layer + 2)
             centre, norms = centre_of([side.detach() for side in everyone[pair]], self.dtype)
             centred = [side.to(self.dtype) - centre for side in features[pair]]
             along = [(z.detach() * g).sum(dtype=torch.float64) for z, g in zip(centred, gradients[pair], strict=True)]
@@ -166,15 +168,14 @@ class TwoSides:
         used = min(self.rows) // 2 * 2
         kernels = []
         for layer, (source, target) in enumerate(zip(*sides, strict=True)):
-            if self.bandwidths is None:
+            bandwidth = self.bandwidths[layer]
+            if bandwidth is None:
                 if self.detach_bandwidth:
                     _, norms = centre_of([source.detach(), target.detach()], self.dtype)
                 else:
                     rows = torch.cat([source, target]).to(self.dtype)
                     norms = [(rows - rows.mean(0)).square().sum(1)]
                 bandwidth = mean_distance(norms)
-            else:
-                bandwidth = self.bandwidths[layer]
             s, t = source[:used].to(self.dtype), target[:used].to(self.dtype)
             differences = [s[::2] - s[1::2], t[::2] - t[1::2], s[::2] - t[1::2], s[1::2] - t[::2]]
             distances = torch.stack([difference.square().sum(1) for difference in differences])  # (4, used / 2)

@@ -46,7 +46,6 @@ TRIED = {
     "reweight": (2.0, 10.0),
     # As the published code has it, for comparison: the bandwidth a constant to the gradient.
     "mmd-detached": (0.02, 0.1, 0.5),
-    "jmmd-detached": (0.03,),
 }
 SMALL = ["training.max_steps=20", "data.target.target.test=null", "evaluation.shift_rows=100"]
 

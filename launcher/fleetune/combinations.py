@@ -206,6 +206,8 @@ def _domain_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             yield f"{key}.{what}", getattr(loss, what), "is for classes"
         if isinstance(loss, Jmmd) and len(set(loss.layers)) < len(loss.layers):
             yield f"{key}.layers", loss.layers, "a layer stands there twice"
+        if isinstance(loss, Jmmd) and loss.bandwidths is not None and len(loss.bandwidths) != len(loss.layers):
+            yield f"{key}.bandwidths", loss.bandwidths, f"should be one for each of {len(loss.layers)} layers"
         if isinstance(loss, Mmd | Jmmd) and loss.estimator == "linear" and loss.accumulate:
             message = "compares neighbouring rows, and which they are depends on the cut: biased or unbiased"
             yield f"{key}.estimator", loss.estimator, message

@@ -166,8 +166,8 @@ class _WithKernels(_Compared):
     """Each Gaussian's variance is so many times that of the one before."""
     detach_bandwidth: bool = False
     """Whether the batch's own mean distance, for bandwidth, is a constant to the gradient, as in the published code. It
-    then draws all features together, the more the smaller they are, and takes the classifier's with them: on Amazon's
-    reviews a weight of 0.5, of 0.03 for jmmd, left little of it."""
+    then draws all features together, the more the smaller they are, and takes the classifier's with them: between
+    Amazon's reviews of books and DVDs a weight of 0.5 left 0.745 of the source's accuracy of 0.873."""
 
 
 class Mmd(_WithKernels):
@@ -188,6 +188,10 @@ class Jmmd(_WithKernels):
     """Joint MMD: the kernel is the product of several layers' kernels (Long et al., arXiv 1605.06636)."""
     layers: Annotated[list[Layer], Field(min_length=2)] = ["pooled", "probabilities"]
     """At least two, each as mmd's layer."""
+    bandwidths: list[Annotated[float, Field(gt=0.0)] | None] | None = None
+    """One for each layer, as mmd's bandwidth; null for a mean distance. When absent, 0.85 for probabilities (the
+    published code's: before anything is learnt they differ by next to nothing, and their mean distance would make
+    much of it), and mean distances for all other layers."""
     estimator: Literal["biased", "unbiased", "linear"] = "biased"
     """As for mmd."""
 

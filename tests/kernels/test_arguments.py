@@ -96,7 +96,7 @@ def test_an_object_of_another_type_is_named(function: str, name: str) -> None:
         ("linear_distillation_loss", {"teacher_bias": [3]}, r"teacher_bias\[0\]: int; should be a tensor or None"),
         ("topk_distillation_loss", {"teacher_ids": IDS.float()}, "teacher_ids: torch.float32; should be integers"),
         ("jmmd", {"source_layers": HIDDEN}, "source_layers: Tensor; should be a list"),
-        ("jmmd", {"bandwidth": ["1"]}, r"bandwidth\[0\]: str; should be a tensor or a number"),
+        ("jmmd", {"bandwidth": ["1"]}, r"bandwidth\[0\]: str; should be a tensor, a number or None"),
         ("mmd", {"source": HIDDEN.long()}, "source: torch.int64; should be floating-point"),
         ("mmd", {"bandwidth": "1"}, "bandwidth: str; should be a tensor, a number or None"),
         ("mmd", {"group": "world"}, "group: str; should be a process group or None"),

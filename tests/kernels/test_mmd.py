@@ -232,6 +232,8 @@ def test_the_definition_by_hand() -> None:
         {"bandwidth": [3.0, 9.0], "factor": 3.0},
         {**THROUGH},
         {**THROUGH, "estimator": "linear"},
+        {**THROUGH, "bandwidth": [None, 0.8]},
+        {**THROUGH, "bandwidth": [9.0, None], "estimator": "linear"},
     ],
     ids=str,
 )

@@ -59,7 +59,8 @@ def pairs_of(source: torch.Tensor, target: torch.Tensor, unbiased: bool = False)
         torch.full_like(side[:, :1], sign / len(side), dtype=torch.float32)
         for side, sign in zip(sides, (1, -1), strict=True)
     ]
-    return Pairs(sides, sides, weights, weights, [0, 0], None, [True, True], 5, 2.0, unbiased, uniform=False)
+    none = torch.ones(1, device=source.device)
+    return Pairs(sides, sides, weights, weights, [0, 0], none, [True], [True, True], 5, 2.0, unbiased, uniform=False)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the storages of a CPU are counted")
@@ -124,6 +125,7 @@ def losses(source: torch.Tensor, target: torch.Tensor) -> Iterator[torch.Tensor]
         yield mmd(source, target, estimator=estimator, detach_bandwidth=False)
     yield mmd(source, target, estimator="unbiased", **weights, bandwidth=2.0)
     yield jmmd([source, source[:, :2]], [target, target[:, 2:]])
+    yield jmmd([source, source[:, :2]], [target, target[:, 2:]], bandwidth=[None, 1.0], detach_bandwidth=False)
     yield lmmd(source, target, labels, probs)
     yield coral(source, target)
 

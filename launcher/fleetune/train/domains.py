@@ -28,6 +28,7 @@ from fleetune.train.terms import Features, Statistic, Term, divided, precise
 from fleetune_kernels.mmd import coral, jmmd, lmmd, mmd
 
 DISCRIMINATORS = "discriminators"  # of the model's module, by the loss's place in the recipe
+PROBABILITIES = 0.92**2  # jmmd's bandwidth for them (TLLib's jan.py)
 
 # ---------------------------------------------------------------- what is compared
 
@@ -136,10 +137,12 @@ def _compare(loss: Any, kernels: str, weighted: bool, features: Features) -> tor
         probabilities = features.probabilities
         value = lmmd(source[0], target[0], features.labels, probabilities, bandwidth=loss.bandwidth, **kernel)
     elif isinstance(loss, Jmmd):
-        value = jmmd(source, target, estimator=loss.estimator, source_weights=weights, **kernel)
+        bandwidths = loss.bandwidths or [PROBABILITIES if one == "probabilities" else None for one in loss.layers]
+        settings: dict[str, Any] = {"bandwidth": bandwidths, "estimator": loss.estimator, "source_weights": weights}
+        value = jmmd(source, target, **settings, **kernel)
     else:
         assert isinstance(loss, Mmd)
-        settings: dict[str, Any] = {"bandwidth": loss.bandwidth, "estimator": loss.estimator, "source_weights": weights}
+        settings = {"bandwidth": loss.bandwidth, "estimator": loss.estimator, "source_weights": weights}
         value = mmd(source[0], target[0], **settings, **kernel)
     return value
 
