@@ -44,8 +44,13 @@ ALONE = (
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    has_gpu = count_gpus() > 0
+    if has_gpu:  # and a PyTorch that can use it; its import takes seconds
+        import torch
+
+        has_gpu = torch.cuda.is_available()
     for item in items:
-        if item.get_closest_marker("gpu") and not count_gpus():
+        if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
         path = item.path.relative_to(ROOT / "tests").as_posix()
         for mark, files in (("alone", ALONE), ("cluster", CLUSTER)):

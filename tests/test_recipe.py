@@ -222,12 +222,12 @@ def test_a_circle_is_an_error_that_shows_it(folder: Path, chain: list[str]) -> N
 def test_a_missing_base_names_both_files(folder: Path) -> None:
     file = write(folder, "extends: nothing.yaml\n")
     reason = "cannot read the recipe: No such file or directory"
-    assert refusal(file) == f"{file}: extends: {folder}/nothing.yaml: {reason}"
+    assert refusal(file) == f"{file}:6: extends: {folder}/nothing.yaml: {reason}"
 
 
 def test_a_base_is_one_path(folder: Path) -> None:
     file = write(folder, "extends: [a.yaml, b.yaml]\n")
-    assert refusal(file) == f"{file}: extends = ['a.yaml', 'b.yaml']: should be the path of another recipe"
+    assert refusal(file) == f"{file}:6: extends = ['a.yaml', 'b.yaml']: should be the path of another recipe"
 
 
 # ---------------------------------------------------------------- overrides

@@ -749,7 +749,9 @@ def check(fault: Fault, folder: Path, before: set[Path], code: int, output: str,
     """A line `error: PLACE: KEY ...` that says what it should, no line more, and nothing new in the folder."""
     place = fault.place if fault.place is not None else "command line" if fault.overrides else "recipe.yaml"
     place = f"{folder}/recipe.yaml" if place == "recipe.yaml" else place
-    line = r"(:\d+)?" if place == f"{folder}/recipe.yaml" else ""  # none where a key is missing
+    line = r":\d+" if place == f"{folder}/recipe.yaml" and not fault.position else ""
+    if fault.kind in ("missing key", "sequences", "YAML"):  # some are of no line
+        line = f"({line})?"
     pattern = f"error: {re.escape(place + fault.position)}{line}{': ' if place else ''}" + (
         rf"('{re.escape(fault.key)}'|{re.escape(fault.key)})( = |: |$)" if fault.key else ""
     )

@@ -191,6 +191,26 @@ def test_a_run_that_failed_before_its_first_step_may_be_of_another_recipe_now(tm
     assert again.info()["data"] == "another"
 
 
+def test_it_forgets_in_which_precision_the_old_one_would_have_run(tmp_path: Path) -> None:
+    run = open_run(recipe(tmp_path), LAYOUT)
+    runs.write_json(run.path / "run.json", run.info() | {"fp32_for_bf16": True})
+    assert open_run(recipe(tmp_path, training__bf16=True), LAYOUT).recipe().training.bf16
+    assert "fp32_for_bf16" not in run.info()
+
+
+def test_who_opened_it_before_another_recipe_came_is_told_so(tmp_path: Path) -> None:
+    mine, theirs = recipe(tmp_path), recipe(tmp_path, training__seed=1)
+    run = open_run(mine, LAYOUT)
+    runs.refuse_replaced(run, mine)
+    open_run(theirs, LAYOUT)
+    with pytest.raises(
+        RecipeError, match=r"tiny: another recipe has just taken its place:\n  training\.seed: 1 in the run"
+    ):
+        runs.refuse_replaced(run, mine)
+    fresh = open_run(mine, LAYOUT, fresh=True)
+    runs.refuse_replaced(fresh, mine)
+
+
 def test_not_where_a_job_of_the_old_one_may_be_in_a_queue(tmp_path: Path) -> None:
     run = open_run(recipe(tmp_path), LAYOUT)
     runs.write_json(run.path / "job.json", {"id": "1"})

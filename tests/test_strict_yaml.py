@@ -38,6 +38,7 @@ def test_a_key_may_be_a_word_that_yaml_1_1_takes_for_a_boolean(word: str) -> Non
 
 def test_a_whole_number_as_a_key_is_its_text() -> None:
     assert parse_yaml("{0: a, -12: b, '3': c}", "here") == {"0": "a", "-12": "b", "3": "c"}
+    assert parse_yaml("a: &k 1\nb: {*k : 3}\n", "here") == {"a": 1, "b": {"1": 3}}  # the value stays a number
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,8 @@ def test_a_whole_number_as_a_key_is_its_text() -> None:
         ('1: x\n"1": y\n', ":2:1", "1: this key stands here twice"),
         ("a: {true: x}\n", ":1:5", "a.true: a key should be text: write it in quotes"),
         ("? [1, 2]\n: x\n", ":1:3", "a key should be text"),
+        ("? !!int [1]\n: x\n", ":1:3", "a key should be text"),
+        ("? !!str [1]\n: x\n", ":1:3", "a key should be text"),
         ("a: [1, 2\n", ":2:1", "expected ',' or ']'"),
         ("a: b: c\n", ":1:5", "mapping values are not allowed here"),
         ("a: 1\n\tb: 2\n", ":2:1", r"found character '\t'"),

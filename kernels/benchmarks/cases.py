@@ -249,7 +249,8 @@ def mmd(rows: int, width: int, dtype: torch.dtype, eager_runs: bool = True, slow
     sides: dict[str, Side] = {"fleetune": lambda x: ours.mmd(x["source"], x["target"])}
     if eager_runs:
         sides |= {"eager": eager, "torch.compile": torch.compile(eager)}
-    if eager_runs and 13 * (2 * rows) ** 2 * width < psutil.virtual_memory().available:  # three such in fp32
+    room = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    if eager_runs and 13 * (2 * rows) ** 2 * width < room:  # three such in fp32
         sides["N x N x D"] = differences
     if eager_runs and _there("pykeops") and (slow_peers or torch.cuda.is_available()):
         sides["keops"] = _keops_mmd  # on 2 CPU cores some 14 s a call at 1,024 rows a side, four minutes at 4,096

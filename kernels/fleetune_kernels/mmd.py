@@ -4,13 +4,14 @@ MMD² = sum_ij a_i a_j k(x_i, x_j) over all rows of source (a = w, normalised to
 k = sum_q exp(-|x - y|² / (2 sigma_q²)), sigma_q² = factor^(q - K // 2) · bandwidth, q = 0 .. K - 1.
 
 Gradient: dL/dx_i = 4 a_i sum_j a_j k'(d²_ij) (x_i - x_j), formed in the forward pass, tile by tile (see `pairwise`);
-the backward pass multiplies by the incoming scalar. Memory: the gradients and some tiles, never a matrix of all pairs.
+the backward pass multiplies by the incoming scalar. Memory: the gradients (through the bandwidth twice, in the
+backward pass) and some tiles, never a matrix of all pairs.
 The bandwidth is by default the mean of |x_i - x_j|² over all i != j of both sides: closed form. It is a constant to the
 gradient, as in the published code, or not (`detach_bandwidth=False`). As a constant it draws all features together,
 which is for nothing: the bandwidth follows, the loss stays as it was, and its gradient grows as the features shrink,
 until that of other losses is nothing beside it. Through the bandwidth the gradient is the other one without its part
 along the centred features z, since the loss is the same for all multiples of them:
-g_i - z_i (sum_j z_j · g_j) / sum_j |z_j|².
+g_i - z_i (sum_j z_j · g_j) / sum_j |z_j|², of which the second part is formed in the backward pass.
 
 On a GPU the matrix products of fp32 features are PyTorch's, and follow its setting of TF32
 (`torch.backends.cuda.matmul`, off by default): a distance then comes of features with 10 bits. `mmd` of up to 128

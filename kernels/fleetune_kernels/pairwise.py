@@ -21,8 +21,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
+
+from fleetune_kernels.backends import once
 
 CHUNK_BYTES = 16 * 2**20  # of features centred at a time
 LEAST_DISTANCE = 1e-12  # the mean of the squared ones
@@ -121,6 +124,30 @@ def mean_distance(norms: Sequence[torch.Tensor]) -> torch.Tensor:
     """The mean of |z_i - z_j|² over i != j, or LEAST_DISTANCE: of centred rows 2N sum |z|² / (N (N - 1))."""
     squares = torch.stack([side.sum(dtype=torch.float64) for side in norms]).sum()
     return (2 * squares / (sum(map(len, norms)) - 1)).clamp(min=LEAST_DISTANCE).to(norms[0].dtype)
+
+
+def sum_along(side: torch.Tensor, centre: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """sum_i (x_i - centre) · g_i, in fp64."""
+    found = [((side[span] - centre) * gradient[span]).sum(dtype=torch.float64) for span in _spans(side)]
+    return torch.stack(found).sum() if found else centre.new_zeros((), dtype=torch.float64)
+
+
+class Along(torch.autograd.Function):
+    """0 of the rows (n, D), with the gradient share · (x_i - centre), which is formed in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, side: torch.Tensor, centre: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(side, centre, share)
+        return torch.zeros_like(share)
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        once("mmd")
+        side, centre, share = ctx.saved_tensors
+        factor, gradient = (scale * share).to(centre.dtype), torch.empty_like(side)
+        for span in _spans(side):
+            gradient[span] = (side[span] - centre) * factor
+        return gradient, None, None
 
 
 def widest(num_kernels: int, factor: float) -> float:

@@ -13,7 +13,7 @@ import torch
 
 from fleetune_kernels.backends import choose, floating, full_precision, readable
 from fleetune_kernels.gathering import Sizes, check_sizes, gather, offset, total, with_own
-from fleetune_kernels.pairwise import LEAST_DISTANCE, centre_of, mean_distance
+from fleetune_kernels.pairwise import LEAST_DISTANCE, Along, centre_of, mean_distance, sum_along
 from fleetune_kernels.pairwise_op import sum_over_pairs
 
 Bandwidth = float | torch.Tensor
@@ -147,19 +147,20 @@ class TwoSides:
         self, features: list[torch.Tensor], everyone: list[torch.Tensor], gradients: list[torch.Tensor]
     ) -> torch.Tensor:
         """0, with the gradient that the loss has through the mean distances: -z_i (sum_j z_j · g_j) / sum_j |z_j|²."""
-        nothing = features[0].new_zeros((), dtype=torch.float64)
-        for layer, given in enumerate(self.bandwidths):
-            if given is not None:
-                continue
-            pair = slice(2 * layer, 2 * layer + 2)
-            centre, norms = centre_of([side.detach() for side in everyone[pair]], self.dtype)
-            centred = [side.to(self.dtype) - centre for side in features[pair]]
-            along = [(z.detach() * g).sum(dtype=torch.float64) for z, g in zip(centred, gradients[pair], strict=True)]
-            squares = torch.stack([side.sum(dtype=torch.float64) for side in norms]).sum()
-            share = total(torch.stack(along).sum(), self.group) / squares
+        pairs = [slice(2 * i, 2 * i + 2) for i, given in enumerate(self.bandwidths) if given is None]
+        found = [centre_of([side.detach() for side in everyone[pair]], self.dtype) for pair in pairs]
+        along = [
+            sum_along(side.detach(), centre, gradient)
+            for pair, (centre, _) in zip(pairs, found, strict=True)
+            for side, gradient in zip(features[pair], gradients[pair], strict=True)
+        ]
+        totals = total(torch.stack(along), self.group).reshape(-1, 2).sum(1)
+        nothing = totals.new_zeros(())
+        for pair, (centre, norms), alongside in zip(pairs, found, totals, strict=True):
+            share = alongside / torch.stack([side.sum(dtype=torch.float64) for side in norms]).sum()
             share = torch.where(mean_distance(norms) > LEAST_DISTANCE, share, 0.0)  # below it is a constant
-            half = torch.stack([z.square().sum(dtype=torch.float64) for z in centred]).sum() / 2
-            nothing = nothing - share * (half - half.detach())
+            for side in features[pair]:
+                nothing = nothing + Along.apply(side, centre, -share)  # type: ignore[no-untyped-call]
         return nothing
 
     def linear(self) -> torch.Tensor:

@@ -164,6 +164,14 @@ def table(small: bool) -> None:
         print(f"| {shown} | " + " | ".join([*cells, *summary]) + " |")
     shown = "All figures are" if small else "The oracle's figures are"
     print(f"\n{shown} of 300 rows; so is the gap closed: (method - source only) / (oracle - source only).")
+    machines = {_machine(r) for arm in ARMS for results in recorded(arm, small).values() for r in results}
+    print(f"Trained on {' and on '.join(sorted(machines))}.")
+
+
+def _machine(result: dict[str, Any]) -> str:
+    """What rounding depends on."""
+    machine, ranks = result["machine"], result["command"].rpartition(" ")[2]
+    return f"{ranks} rank(s) of {machine.get('gpu', machine['cpu'])}"
 
 
 def _means(arm: str, small: bool, split: str) -> list[float]:

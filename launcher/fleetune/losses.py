@@ -189,9 +189,9 @@ class Jmmd(_WithKernels):
     layers: Annotated[list[Layer], Field(min_length=2)] = ["pooled", "probabilities"]
     """At least two, each as mmd's layer."""
     bandwidths: list[Annotated[float, Field(gt=0.0)] | None] | None = None
-    """One for each layer, as mmd's bandwidth; null for a mean distance. When absent, 0.85 for probabilities (the
-    published code's: before anything is learnt they differ by next to nothing, and their mean distance would make
-    much of it), and mean distances for all other layers."""
+    """One for each layer, as mmd's bandwidth; null for a mean distance. When absent, 0.85 for probabilities (that of
+    the published code's one Gaussian: before anything is learnt they differ by next to nothing, and their mean distance
+    would make much of it), and mean distances for all other layers."""
     estimator: Literal["biased", "unbiased", "linear"] = "biased"
     """As for mmd."""
 

@@ -162,7 +162,7 @@ def _read(file: Path, layers: _Layers, seen: tuple[Path, ...] = ()) -> None:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        place = f"{seen[-1]}: extends: {file}" if seen else str(file)
+        place = f"{layers.place_in(str(seen[-1]), ('extends',))}: extends: {file}" if seen else str(file)
         raise RecipeError(f"{place}: cannot read the recipe: {reason}") from None
     values = parse_yaml(text, str(file), lines=layers.lines.setdefault(str(file), {}))
     if not isinstance(values, dict):
@@ -170,7 +170,8 @@ def _read(file: Path, layers: _Layers, seen: tuple[Path, ...] = ()) -> None:
     base = values.pop("extends", None)
     if base is not None:
         if not isinstance(base, str):
-            raise RecipeError(f"{file}: extends = {shown(base)}: should be the path of another recipe")
+            place = layers.place_in(str(file), ("extends",))
+            raise RecipeError(f"{place}: extends = {shown(base)}: should be the path of another recipe")
         _read(file.parent / base, layers, (*seen, file))
     _localise(values, lambda path: layers.place_in(str(file), path), file.parent)
     layers.values = _merge(layers.values, values, str(file), layers.origins)

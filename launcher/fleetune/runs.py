@@ -127,7 +127,7 @@ def open_run(
     """Makes the recipe's run folder, or takes up the one that is there, on whatever ranks.
 
     One that began in fp32, on a machine without the bf16 that the recipe asks for, goes on so on any other. One that
-    failed before its first step may be of another recipe now: nothing of the old one was trained.
+    failed before it had logged or saved anything may be of another recipe now, and begins anew.
     `layout` holds nodes, nproc_per_node, threads; `data` is a hash of the prepared data; `steps` is the run's length;
     `is_queued` says whether a job of it may be in a cluster's queue: where one was ever sent, when absent.
 
@@ -138,18 +138,25 @@ def open_run(
     if fresh:
         recipe = recipe.model_copy(update={"name": free_name(recipe)})
     run = Run(Path(recipe.output_dir) / recipe.name)
-    recipe = as_it_began(recipe, run)
+    is_there = (run.path / "run.json").exists()
+    is_queued = (run.path / "job.json").exists() if is_queued is None else is_queued
+    goes_on = is_there and (is_queued or _has_trained(run))
+    if goes_on:
+        recipe = as_it_began(recipe, run)
     text = dump_recipe(recipe)
     parse_recipe(text, str(run.recipe_file))  # as the ranks will: a name may have grown too long
     try:
-        if (run.path / "run.json").exists():
+        if is_there:
             refuse_another_attempt(run.path / "lease.json")  # before what it reads is changed
-            is_queued = (run.path / "job.json").exists() if is_queued is None else is_queued
             refuse_another_recipe(run, recipe, layout, data, is_queued)
             _refuse_fewer_steps(run, steps)
         else:
             _make(run, recipe, layout)
-        write_json(run.path / "run.json", {**run.info(), "layout": layout, **({} if data is None else {"data": data})})
+        info = {**run.info(), "layout": layout, **({} if data is None else {"data": data})}
+        if is_there and not goes_on:
+            info.pop("fp32_for_bf16", None)
+            info |= {"versions": versions(), "commit": source_commit()}
+        write_json(run.path / "run.json", info)
         write_text(run.recipe_file, text)
     except OSError as error:
         raise RecipeError(f"output_dir/name = {str(run.path)!r}: cannot be written: {error.strerror}") from None
@@ -237,6 +244,14 @@ def refuse_another_recipe(
         moved.append("the data are not those it was trained on: a file, what is made of it, or a teacher has changed")
     if moved and any(run.checkpoints.glob("step-*")):
         raise RecipeError(f"{run.path} goes on only as it began (--fresh begins anew):\n  " + "\n  ".join(moved))
+
+
+def refuse_replaced(run: Run, recipe: Recipe) -> None:
+    """Raises RecipeError where the run that was opened is of another recipe by now: as long as it has not trained,
+    another process may open it so."""
+    named = recipe.model_copy(update={"name": run.path.name})  # a fresh one has another than was asked for
+    if changed := differences(run.recipe(), as_it_began(named, run)):
+        raise RecipeError(f"{run.path}: another recipe has just taken its place:\n  " + "\n  ".join(changed))
 
 
 def _has_trained(run: Run) -> bool:

@@ -108,11 +108,14 @@ def _check(node: Any, path: str, sizes: dict[int, int], above: tuple[int, ...], 
             size += _check(item, f"{path}.{index}", sizes, above, lines)
     elif isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
-        for key, value in node.value:
-            there = f"{path}.{key.value}" if isinstance(key, yaml.ScalarNode) else path
-            if key.tag == _TAG + "int" and re.fullmatch("-?(0|[1-9][0-9]*)", key.value):
-                key.tag = _TAG + "str"  # {0: x} is {"0": x}, as in JSON; 0x10 and 007 have two readings
-            if key.tag not in (_TAG + "str", _TAG + "merge"):
+        for index, (key, value) in enumerate(node.value):
+            is_scalar = isinstance(key, yaml.ScalarNode)
+            there = f"{path}.{key.value}" if is_scalar else path
+            if is_scalar and key.tag == _TAG + "int" and re.fullmatch("-?(0|[1-9][0-9]*)", key.value):
+                # {0: x} is {"0": x}, as in JSON; 0x10 and 007 have two readings. A copy: an alias may share the key.
+                key = yaml.ScalarNode(_TAG + "str", key.value, key.start_mark, key.end_mark)
+                node.value[index] = (key, value)
+            if not is_scalar or key.tag not in (_TAG + "str", _TAG + "merge"):
                 raise _fault(there, "a key should be text: write it in quotes", key)
             if key.value in seen and key.tag != _TAG + "merge":
                 raise _fault(there, "this key stands here twice", key)

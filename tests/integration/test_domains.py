@@ -184,6 +184,7 @@ def test_the_reference_is_the_formulas_in_plain_pytorch(workspace: Path, gradien
     probabilities = outputs.logits.softmax(-1)[GLOBAL_BATCH:]
     mask = inputs["attention_mask"][:, :, None].float()
     first = (outputs.hidden_states[1] * mask).sum(1) / mask.sum(1)
+    second = (outputs.hidden_states[2] * mask).sum(1) / mask.sum(1)
     expected = {
         "mmd": reference_mmd.mmd(*sides, detach_bandwidth=False),
         "mmd_detached": reference_mmd.mmd(*sides),
@@ -191,6 +192,14 @@ def test_the_reference_is_the_formulas_in_plain_pytorch(workspace: Path, gradien
             first[:GLOBAL_BATCH], first[GLOBAL_BATCH:], estimator="unbiased", bandwidth=0.5, num_kernels=3
         ),
         "lmmd": reference_mmd.lmmd(*sides, labels, probabilities, detach_bandwidth=False),
+        "jmmd": reference_mmd.jmmd(
+            *(
+                [side, outputs.logits.softmax(-1)[span], second[span], first[span]]
+                for side, span in zip(sides, (slice(0, 16), slice(16, 32)), strict=True)
+            ),
+            bandwidth=[None, 0.92**2, None, None],
+            detach_bandwidth=False,
+        ),
         "jmmd_given": reference_mmd.jmmd(
             *((side, outputs.logits[span]) for side, span in zip(sides, (slice(0, 16), slice(16, 32)), strict=True)),
             bandwidth=[None, 2.0],

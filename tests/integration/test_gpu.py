@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ import yaml
 from tiny import recipe_values, write_language_model, write_model, write_prompts, write_rows
 
 from fleetune import runs
+from fleetune.recipe import parse_recipe
 from fleetune.train.metrics_log import read_metrics
-
-pytestmark = pytest.mark.gpu
 
 CROSS_ENTROPY = {"kind": "cross_entropy", "weight": 0.5}
 DISTILLATION = {"kind": "distillation", "weight": 0.7, "temperature": 2.0}
@@ -33,7 +33,7 @@ OF_TEXT: dict[str, dict[str, Any]] = {
     "reweight": {"reweight": {"method": "domain_classifier"}},
 }
 OF_TOKENS: dict[str, dict[str, Any]] = {
-    "cross_entropy": {"losses": [CROSS_ENTROPY | {"z_loss": 1e-3}], "data": {"packing": True}},
+    "cross_entropy": {"losses": [CROSS_ENTROPY | {"label_smoothing": 0.1}], "data": {"packing": True}},
     **{
         divergence: {"losses": [CROSS_ENTROPY, DISTILLATION | {"divergence": divergence}], "data": {"packing": True}}
         for divergence in ("forward_kl", "reverse_kl", "jsd", "tvd")
@@ -42,7 +42,8 @@ OF_TOKENS: dict[str, dict[str, Any]] = {
 }
 EVERYTHING_ELSEWHERE = {"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}
 PLACES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    *((precision, {"zero_stage": stage}, {}) for precision in ("fp32", "bf16", "fp16") for stage in (0, 1, 2, 3)),
+    *((precision, {"zero_stage": stage}, {}) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)),
+    *(("fp16", {"zero_stage": stage}, {}) for stage in (1, 2, 3)),
     *((precision, EVERYTHING_ELSEWHERE, {}) for precision in ("fp32", "bf16")),
     ("bf16", {"zero_stage": 2, "offload_optimizer": "cpu"}, {}),
     ("bf16", {"zero_stage": 2}, {"gradient_checkpointing": True}),
@@ -88,52 +89,86 @@ def of_tokens(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
     return {**recipe_values(folder, name, model=model, data=data, **sections), "task": "causal_lm"}
 
 
-def fleetune(*arguments: object, gpu: bool = True) -> str:
-    """What the command says. Without `gpu` it sees none."""
-    hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
+def fleetune(*arguments: object, cache: Path | None = None) -> str:
+    """What the command says; with a `cache` of its own it sees no GPU."""
+    hidden = {} if cache is None else {"CUDA_VISIBLE_DEVICES": "", "FLEETUNE_CACHE": str(cache)}
     command = [sys.executable, "-m", "fleetune.cli", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | hidden, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def train(values: dict[str, Any], *overrides: object, gpu: bool = True) -> list[dict[str, Any]]:
+def train(values: dict[str, Any], *overrides: object, cache: Path | None = None) -> list[dict[str, Any]]:
     """What was logged of its steps."""
     run = Path(values["output_dir"]) / values["name"]
     file = run.parent.parent / f"{values['name']}.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
-    said = fleetune("run", file, *overrides, gpu=gpu)
-    assert f", {'cuda' if gpu else 'cpu'}\n" in said
+    said = fleetune("run", file, *overrides, "--nproc-per-node", 1, cache=cache)
+    assert f", {'cuda' if cache is None else 'cpu'}\n" in said
     return [step for step in read_metrics(run / "metrics.jsonl") if "train/loss" in step]
 
 
 def assert_alike(one: list[dict[str, Any]], other: list[dict[str, Any]], rel: float) -> None:
-    """Each loss, the gradient's norm and the validation's figures, at every step."""
+    """Every loss by itself, the gradient's norm, and the losses of evaluations."""
+    other_figures = ("learning_rate", "epoch", "samples_per_second", "tokens_per_second", "memory_mb", "mfu")
+
+    def compared(step: dict[str, Any]) -> set[str]:
+        trained = {name for name in step if name.startswith("train/") and name[6:] not in other_figures}
+        return trained | {name for name in step if name.startswith("eval/") and name.endswith("loss")}
+
     assert len(one) == len(other) > 0
-    names = [name for name in one[0] if name == "train/grad_norm" or (name.startswith("train/") and "loss" in name)]
+    assert any(name.startswith("eval/") for name in compared(one[-1]))
     for mine, theirs in zip(one, other, strict=True):
-        for name in names:
+        assert compared(mine) == compared(theirs) >= {"train/loss", "train/grad_norm"}
+        for name in compared(mine):
             assert mine[name] == pytest.approx(theirs[name], rel=rel, abs=1e-5), (mine["step"], name)
+
+
+def recipes(folder: Path) -> Iterator[dict[str, Any]]:
+    """All of this file but those that need what another has made."""
+    teachers = {"model_name_or_path": str(folder / "teacher")}
+    for name, sections in OF_TEXT.items():
+        taught = {"teacher": teachers} if name == "distillation" else {}
+        yield of_text(folder, f"text-{name}", **sections, **taught)
+    for name, sections in OF_TOKENS.items():
+        yield of_tokens(
+            folder, f"tokens-{name}", **sections, **({} if name == "cross_entropy" else {"teacher": teachers})
+        )
+    for precision, deepspeed, model in PLACES:
+        training = {} if precision == "fp32" else {precision: True}
+        yield of_tokens(folder, "place", model=model, deepspeed=deepspeed, training=training)
+
+
+def test_their_recipes_are_right_where_there_is_no_gpu_to_try_them(folder: Path) -> None:
+    for values in recipes(folder):
+        parse_recipe(yaml.safe_dump(values), "here")
 
 
 # ---------------------------------------------------------------- the same as on a CPU
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", OF_TEXT)
-def test_a_classifier_learns_on_a_gpu_what_it_learns_on_a_cpu(name: str, folder: Path, classifier: Path) -> None:
+def test_a_classifier_learns_on_a_gpu_what_it_learns_on_a_cpu(
+    name: str, folder: Path, classifier: Path, tmp_path: Path
+) -> None:
     sections = OF_TEXT[name] | ({"teacher": {"model_name_or_path": str(classifier)}} if name == "distillation" else {})
-    found, expected = (train(of_text(folder, f"text-{name}-{gpu}", **sections), gpu=gpu) for gpu in (True, False))
+    found = train(of_text(folder, f"text-{name}-gpu", **sections))
+    expected = train(of_text(folder, f"text-{name}-cpu", **sections), cache=tmp_path)
     assert_alike(found, expected, rel=2e-3)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", OF_TOKENS)
-def test_a_language_model_learns_on_a_gpu_what_it_learns_on_a_cpu(name: str, folder: Path) -> None:
+def test_a_language_model_learns_on_a_gpu_what_it_learns_on_a_cpu(name: str, folder: Path, tmp_path: Path) -> None:
     teacher = {} if name == "cross_entropy" else {"teacher": {"model_name_or_path": str(folder / "teacher")}}
     sections = OF_TOKENS[name] | teacher
-    found, expected = (train(of_tokens(folder, f"tokens-{name}-{gpu}", **sections), gpu=gpu) for gpu in (True, False))
+    found = train(of_tokens(folder, f"tokens-{name}-gpu", **sections))
+    expected = train(of_tokens(folder, f"tokens-{name}-cpu", **sections), cache=tmp_path)
     assert_alike(found, expected, rel=2e-3)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("precision", "deepspeed", "model"), PLACES, ids=str)
 def test_every_precision_and_stage_learns(
     precision: str, deepspeed: dict[str, Any], model: dict[str, Any], folder: Path
@@ -152,16 +187,18 @@ def test_every_precision_and_stage_learns(
 # ---------------------------------------------------------------- and all that comes after
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_run_that_goes_on_has_the_losses_of_one_never_stopped(stage: int, folder: Path) -> None:
-    training = {"bf16": True, "lr_scheduler_type": "constant"}
+    training = {"lr_scheduler_type": "constant"}
     sections = {"deepspeed": {"zero_stage": stage}, "training": training}
     whole = train(of_tokens(folder, f"whole-{stage}", **sections), "training.max_steps=8")
     train(of_tokens(folder, f"cut-{stage}", **sections), "training.max_steps=4")
     cut = train(of_tokens(folder, f"cut-{stage}", **sections), "training.max_steps=8")
-    assert_alike(cut, whole, rel=1e-6)
+    assert_alike(cut, whole, rel=1e-4)  # sums by atomic additions come in any order
 
 
+@pytest.mark.gpu
 def test_a_stored_teacher_teaches_what_the_living_one_does(folder: Path) -> None:
     teacher = {"model_name_or_path": str(folder / "teacher")}
     losses = [CROSS_ENTROPY, DISTILLATION]
@@ -173,6 +210,7 @@ def test_a_stored_teacher_teaches_what_the_living_one_does(folder: Path) -> None
     assert_alike(train(stored), expected, rel=5e-3)
 
 
+@pytest.mark.gpu
 def test_what_was_trained_is_evaluated_measured_and_merged(folder: Path) -> None:
     train(of_tokens(folder, "adapter", model={"lora": {"r": 4}}, training={"bf16": True}))
     run = folder / "runs" / "adapter"

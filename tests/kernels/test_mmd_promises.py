@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fleetune_kernels import coral, jmmd, lmmd, mmd
+from fleetune_kernels import coral, jmmd, lmmd, mmd, pairwise
 from fleetune_kernels import reference_mmd as reference
 from fleetune_kernels.pairwise import Pairs
 from fleetune_kernels.tiles import sweep
@@ -85,6 +85,19 @@ def test_gradients_are_scaled_where_they_lie() -> None:
         found = torch.autograd.grad(loss, (source, target))
     assert seen.peak < 100
     assert [one.shape for one in found] == [source.shape, target.shape]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the storages of a CPU are counted")
+def test_through_the_bandwidth_it_takes_a_second_gradient_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairwise, "CHUNK_BYTES", 2**14)
+    source, target = features(600, 50), features(400, 50, seed=1)
+    gradient = 4 * (source.numel() + target.numel())
+    with Allocations() as forward:
+        loss = mmd(source, target, detach_bandwidth=False)
+    with Allocations() as backward:
+        torch.autograd.grad(loss, (source, target))
+    assert gradient < forward.peak < 1.2 * gradient + 4 * 4 * 512**2  # and the tiles
+    assert backward.peak < 2.2 * gradient
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

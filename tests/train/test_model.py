@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -189,6 +190,12 @@ def test_weights_that_were_cut_short_are_refused_by_name(folder: Path, tmp_path:
         check_weight_files(recipe(tmp_path / "cut").model)
     check_weight_files(recipe(tmp_path / "cut", from_scratch=True).model)
     check_weight_files(recipe(folder).model)
+    (tmp_path / "cut" / "model.safetensors").rename(tmp_path / "cut" / "consolidated.safetensors")  # which nobody loads
+    check_weight_files(recipe(tmp_path / "cut").model)
+    index = {"weight_map": {"embeddings.weight": "consolidated.safetensors"}}
+    (tmp_path / "cut" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"cannot be loaded: consolidated\.safetensors: "):
+        check_weight_files(recipe(tmp_path / "cut").model)
 
 
 def test_the_state_of_the_global_generator_does_not_matter(folder: Path) -> None:

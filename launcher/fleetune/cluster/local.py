@@ -205,6 +205,7 @@ def run_recipe(
     if runs.is_finished(run, steps):
         return Outcome(run, runs.DONE, "finished before", was_finished=True)
     with runs.lease(run) as lease, tempfile.TemporaryDirectory(prefix="fleetune-beats-") as beats:
+        runs.refuse_replaced(run, recipe)
         host = socket.gethostname()
         nodes = [f"{host}/{node}" if layout.nodes > 1 else host for node in range(layout.nodes)]
         size = cut_batch(recipe.training, layout.world_size).global_batch_size

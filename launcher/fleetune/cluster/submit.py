@@ -74,6 +74,7 @@ def submit(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sent:
         "profile": profile.model_dump(mode="json"),
         **({} if after is None else {"after": str(after.absolute()), "waits_for": before}),
     }
+    runs.refuse_replaced(run, recipe)
     runs.write_json(run.path / "job.json", job)
     executor = _executor(run, profile, token, copy, before)
     try:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from fleetune import runs
 from fleetune.model_section import Model
 from fleetune.schema import Recipe, Teacher
 from fleetune.train import quantization, zero
@@ -166,7 +167,12 @@ def check_weight_files(model: Model | Teacher, key: str = "model") -> None:
     """Raises ModelError for a local file of weights that was cut short, by its header alone."""
     if model.model_name_or_path is None or getattr(model, "from_scratch", False):
         return
-    for path in sorted(Path(model_location(model.model_name_or_path, key)).glob("*.safetensors")):
+    folder = Path(model_location(model.model_name_or_path, key))
+    index = folder / "model.safetensors.index.json"
+    named = {"model.safetensors"}
+    if index.exists():
+        named = set(runs.read_json(index)["weight_map"].values())
+    for path in sorted(folder / name for name in named if (folder / name).exists()):
         try:
             with safe_open(path, "pt"):
                 pass

@@ -90,11 +90,14 @@ def load_teacher(
 
 
 def is_broken(teacher: LoadedTeacher | CachedTeacher | CachedTokens, window: list[MicroBatch]) -> bool:
-    """Whether what it says of some row that counts is not finite. Runs it, on all ranks where it is cut over them."""
+    """Whether what it says of some row that counts is not finite; of a language model, what its head reads.
+
+    Runs it, on all ranks where it is cut over them.
+    """
     broken = False
     for micro in window:
         outputs = teacher(micro)
-        if outputs.head is not None:
+        if outputs.head is not None:  # what it reads: its logits may be large, and its weight cut over the ranks
             said = outputs.head.hidden_states.flatten(0, 1)
             rows = said if micro.supervised is None else said[micro.supervised]
         elif outputs.logits is not None:
