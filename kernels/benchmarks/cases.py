@@ -46,6 +46,7 @@ def _on_cpu(slow_peers: bool) -> list[Case]:
         _distillation(rows, classes, fp32),
         _linear_distillation(rows, classes, width, fp32, teacher_width=384),
         _topk_distillation(rows, classes, width, fp32, k=64),
+        mmd(512, width, fp32),
         mmd(1024, width, fp32, slow_peers=True),
         mmd(4096, width, fp32, slow_peers=slow_peers),
         mmd(32768, width, fp32, eager_runs=False),
@@ -250,7 +251,7 @@ def mmd(rows: int, width: int, dtype: torch.dtype, eager_runs: bool = True, slow
     if eager_runs:
         sides |= {"eager": eager, "torch.compile": torch.compile(eager)}
     room = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    if eager_runs and 13 * (2 * rows) ** 2 * width < room:  # three such in fp32
+    if eager_runs and 21 * (2 * rows) ** 2 * width < room:  # five such in fp32
         sides["N x N x D"] = differences
     if eager_runs and _there("pykeops") and (slow_peers or torch.cuda.is_available()):
         sides["keops"] = _keops_mmd  # on 2 CPU cores some 14 s a call at 1,024 rows a side, four minutes at 4,096
