@@ -43,7 +43,7 @@ def draw(device: str) -> Path:
             for index, (name, ratio) in enumerate(found.items()):
                 at = place + (index - (len(found) - 1) / 2) * height
                 axis.barh(at, ratio, height, color=colours[name], label=name if place == 0 else None)
-                axis.text(ratio, at, f" {ratio:.2g}", va="center", fontsize=7)
+                axis.text(ratio, at, f" {ratio:.2g}" if ratio < 10 else f" {ratio:.0f}", va="center", fontsize=7)
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.set_xscale("log")
         axis.set_xlabel(f"{of} to eager PyTorch's (less is better)")
