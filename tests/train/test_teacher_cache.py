@@ -395,7 +395,7 @@ def test_the_command_stops_when_asked_and_goes_on(folder: Path, tmp_path: Path) 
         assert process.stdout.read().endswith("out: stopped and saved by SIGTERM; the same command goes on\n")
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
     assert 0 < len(kept) < 16
-    assert command(folder, tmp_path, **many).returncode == 0
+    assert command(folder, tmp_path, data=many["data"]).returncode == 0  # in larger batches, which are faster
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
