@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from fleetune.cli import _show_data, app
 from fleetune.cluster.local import Layout
+from fleetune.opening import open_run
 from fleetune.recipe import load_recipe
-from fleetune.runs import open_run
 from fleetune.schema import Recipe
 
 ROOT = Path(__file__).parents[1]

@@ -17,10 +17,11 @@ from typing import Any
 import psutil
 import pytest
 
-from fleetune import runs
+from fleetune import opening, runs
 from fleetune.attempts import end_attempt, start_attempt
+from fleetune.opening import open_run
 from fleetune.recipe import dump_recipe, parse_recipe
-from fleetune.runs import Run, lease, open_run
+from fleetune.runs import Run, lease
 from fleetune.schema import Recipe, RecipeError
 
 LAYOUT = {"nodes": 1, "nproc_per_node": 2, "threads": 1}
@@ -201,14 +202,14 @@ def test_it_forgets_in_which_precision_the_old_one_would_have_run(tmp_path: Path
 def test_who_opened_it_before_another_recipe_came_is_told_so(tmp_path: Path) -> None:
     mine, theirs = recipe(tmp_path), recipe(tmp_path, training__seed=1)
     run = open_run(mine, LAYOUT)
-    runs.refuse_replaced(run, mine)
+    opening.refuse_replaced(run, mine)
     open_run(theirs, LAYOUT)
     with pytest.raises(
         RecipeError, match=r"tiny: another recipe has just taken its place:\n  training\.seed: 1 in the run"
     ):
-        runs.refuse_replaced(run, mine)
+        opening.refuse_replaced(run, mine)
     fresh = open_run(mine, LAYOUT, fresh=True)
-    runs.refuse_replaced(fresh, mine)
+    opening.refuse_replaced(fresh, mine)
 
 
 def test_not_where_a_job_of_the_old_one_may_be_in_a_queue(tmp_path: Path) -> None:
@@ -334,16 +335,16 @@ def test_a_line_may_hold_any_text(tmp_path: Path) -> None:
 
 def test_a_run_is_finished_when_its_last_attempt_ended_well_at_the_steps_asked_for(tmp_path: Path) -> None:
     run = open_run(recipe(tmp_path), LAYOUT)
-    assert not runs.is_finished(run, 10)
+    assert not opening.is_finished(run, 10)
     runs.write_json(run.eval, {"total_steps": 10})
-    assert not runs.is_finished(run, 10)
+    assert not opening.is_finished(run, 10)
     end_attempt(run, 1, runs.DONE, "done")
-    assert runs.is_finished(run, 10)
-    assert not runs.is_finished(run, 20)
+    assert opening.is_finished(run, 10)
+    assert not opening.is_finished(run, 20)
     start_attempt(run, [])
-    assert not runs.is_finished(run, 10)
+    assert not opening.is_finished(run, 10)
     end_attempt(run, 2, runs.FAILED, "broke")
-    assert not runs.is_finished(run, 10)
+    assert not opening.is_finished(run, 10)
 
 
 def test_what_is_written_at_once_is_never_seen_half(tmp_path: Path) -> None:

@@ -67,13 +67,13 @@ def gradient(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, float]]
     from safetensors import safe_open
     from safetensors.numpy import load_file
 
-    from fleetune import runs
+    from fleetune import opening
     from fleetune.recipe import load_recipe
 
     os.environ["FLEETUNE_DATA"] = str(DATA)
     place = f"gradient-{name.replace(' ', '-').replace(',', '')}"
     more = [f"name={place}", f"output_dir={folder}", "deepspeed.zero_stage=0", *overrides(folder, name)]
-    run = runs.open_run(
+    run = opening.open_run(
         load_recipe(ROOT / RECIPE, more), {"nodes": 1, "nproc_per_node": 1, "threads": os.cpu_count() or 1}
     )
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}

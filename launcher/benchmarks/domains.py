@@ -63,11 +63,6 @@ def chosen(arm: str) -> float | None:
     return float(recipe["reweight"]["clip"] if arm == "reweight" else recipe["losses"][1]["weight"])
 
 
-def name_of(pair: tuple[str, str], arm: str, value: float | None, seed: int, small: bool) -> str:
-    setting = "" if value is None else f"-{value:g}"
-    return f"domains{'_small' if small else ''}/{'-'.join(pair)}-{arm}{setting}-{seed}"
-
-
 @dataclass(frozen=True)
 class Trial:
     """One training run."""
@@ -79,18 +74,23 @@ class Trial:
     small: bool = False
 
 
+def name_of(trial: Trial) -> str:
+    setting = "" if trial.value is None else f"-{trial.value:g}"
+    folder = "domains_small" if trial.small else "domains"
+    return f"{folder}/{'-'.join(trial.pair)}-{trial.arm}{setting}-{trial.seed}"
+
+
 def run(trial: Trial, runs: Path, ranks: int) -> None:
     """By the command that a person would type. Raises CalledProcessError where it fails."""
-    pair, arm, value, seed, small = trial.pair, trial.arm, trial.value, trial.seed, trial.small
-    name = name_of(pair, arm, value, seed, small)
+    arm, value, name = trial.arm, trial.value, name_of(trial)
     if record.read(name) is not None:
         return
     folder = name.replace("/", "-")
     tuned = [] if value is None else [f"{setting_of(arm)}={value:g}"]
     tuned += ["losses.1.detach_bandwidth=true"] * arm.endswith("-detached")
     recipe = f"recipes/amazon/{arm.removesuffix('-detached')}.yaml"
-    shown = ["run", recipe, f"name={folder}", f"training.seed={seed}", *tuned, *(SMALL if small else [])]
-    chosen = {"AMAZON_SOURCE": pair[0], "AMAZON_TARGET": pair[1]}
+    shown = ["run", recipe, f"name={folder}", f"training.seed={trial.seed}", *tuned, *(SMALL if trial.small else [])]
+    chosen = {"AMAZON_SOURCE": trial.pair[0], "AMAZON_TARGET": trial.pair[1]}
     command = [sys.executable, "-m", "fleetune.cli", *shown, f"output_dir={runs}", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "FLEETUNE_DATA": str(DATA), **chosen}
     subprocess.run(command, cwd=ROOT, check=True, env=environment)
@@ -112,7 +112,7 @@ def accuracy(result: dict[str, Any], split: str) -> float:
 
 def recorded(arm: str, small: bool, seeds: tuple[int, ...] = SEEDS) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Of the recipe as it stands, by pair."""
-    names = {pair: [name_of(pair, arm, chosen(arm), seed, small) for seed in seeds] for pair in PAIRS}
+    names = {pair: [name_of(Trial(pair, arm, chosen(arm), seed, small)) for seed in seeds] for pair in PAIRS}
     found = {pair: [r for name in each if (r := record.read(name)) is not None] for pair, each in names.items()}
     return {pair: results for pair, results in found.items() if results}
 
@@ -133,7 +133,7 @@ def tuning_table() -> None:
     for arm in (SOURCE_ONLY, *TRIED):
         found = {}
         for value in TRIED.get(arm, (None,)):
-            each = [record.read(name_of(pair, arm, value, 0, small=False)) for pair in TUNED_ON]
+            each = [record.read(name_of(Trial(pair, arm, value))) for pair in TUNED_ON]
             found[value] = [(300 * accuracy(r, "validation") + 1700 * accuracy(r, "test")) / 2000 for r in each if r]
         means = {value: statistics.fmean(each) for value, each in found.items() if len(each) == len(TUNED_ON)}
         for value, mean in means.items():

@@ -47,7 +47,7 @@ def run_path(folder: Path, case: str, cut: tuple[int, int], stage: int) -> Path:
 
 
 def make_run(folder: Path, case: str, cut: tuple[int, int], stage: int) -> None:
-    from fleetune import runs
+    from fleetune import opening
     from fleetune.schema import Recipe
 
     losses, _ = CASES[case]
@@ -69,7 +69,7 @@ def make_run(folder: Path, case: str, cut: tuple[int, int], stage: int) -> None:
         },
         "deepspeed": {"zero_stage": stage},
     }
-    runs.open_run(Recipe.model_validate(recipe), {"nodes": 1, "nproc_per_node": ranks, "threads": 1})
+    opening.open_run(Recipe.model_validate(recipe), {"nodes": 1, "nproc_per_node": ranks, "threads": 1})
 
 
 def work(rank: int, port: int, cut: tuple[int, int], case: str, stage: int, float64: bool, folder: Path) -> None:

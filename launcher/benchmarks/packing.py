@@ -61,10 +61,10 @@ def gradient(folder: Path, *, packing: bool, float64: bool) -> tuple[dict[str, A
     from safetensors import safe_open
     from safetensors.numpy import load_file
 
-    from fleetune import runs
+    from fleetune import opening
 
     name = f"{'packed' if packing else 'unpacked'}-{64 if float64 else 32}"
-    run = runs.open_run(
+    run = opening.open_run(
         recipe(folder, name, SETS["alpaca"], packing=packing, limit=ROWS),
         {"nodes": 1, "nproc_per_node": 1, "threads": os.cpu_count() or 1},
     )

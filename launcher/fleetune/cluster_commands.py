@@ -31,7 +31,7 @@ def submit(
     fresh: Annotated[bool, typer.Option("--fresh", help="A new run under the next free name.")] = False,
 ) -> None:
     """Send a recipe to a Slurm cluster; the same command again attaches to the job that is there."""
-    from fleetune import runs
+    from fleetune import opening, runs
     from fleetune.cluster import preflight, slurm
     from fleetune.cluster.profile import load_profile
     from fleetune.cluster.submit import script, standing, submit, test_only
@@ -44,7 +44,7 @@ def submit(
         fail(str(error))
     try:
         if fresh:
-            loaded = loaded.model_copy(update={"name": runs.free_name(loaded)})
+            loaded = loaded.model_copy(update={"name": opening.free_name(loaded)})
         sent = standing(loaded, profile, after)
         for line in preflight.check(loaded, profile, cluster) if sent is None else ():
             typer.echo(f"warning   {line}", err=True)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from fleetune import runs
+from fleetune import opening, runs
 from fleetune.batch import Batch, cut_batch
 from fleetune.cluster.local import Layout, die_with_parent, run_program
 from fleetune.recipe import dump_recipe
@@ -276,7 +276,7 @@ def compare_cuts(
             update={"training": training, "model": model, "losses": list(map(_of_the_whole_batch, recipe.losses))}
         )
         place = Layout(1, batch.world_size, max(1, layout.threads * layout.world_size // batch.world_size))
-        run = runs.open_run(cut_recipe, place.stored())
+        run = opening.open_run(cut_recipe, place.stored())
         file = run.path / "gradient.safetensors"
         code, reason = run_program(place, ["fleetune.train.gradient", str(run.path), str(file)], run.logs(1))
         if code != runs.DONE:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fleetune import runs
+from fleetune import opening, runs
 from fleetune.cluster.local import _free_port, rank_environment
 from fleetune.recipe import parse_recipe
 
@@ -41,7 +41,7 @@ def make_run(values: dict[str, Any], world_size: int) -> runs.Run:
     import yaml
 
     recipe = parse_recipe(yaml.safe_dump(values), "test")
-    return runs.open_run(recipe, {"nodes": 1, "nproc_per_node": world_size, "threads": 1})
+    return opening.open_run(recipe, {"nodes": 1, "nproc_per_node": world_size, "threads": 1})
 
 
 def group_environment() -> dict[str, str]:

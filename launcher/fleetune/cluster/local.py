@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from fleetune import runs
+from fleetune import opening, runs
 from fleetune.attempts import end_attempt, start_attempt
 from fleetune.batch import cut_batch, total_steps
 from fleetune.cluster.beats import Beats, Silence, where_each_is
@@ -201,11 +201,11 @@ def run_recipe(
     if stop:
         raise StoppedEarly
     steps = total_steps(recipe.training, report["sequences"], cut_batch(recipe.training, layout.world_size))
-    run = runs.open_run(recipe, layout.stored(), fresh, report["content"] + report["teachers"], steps)
-    if runs.is_finished(run, steps):
+    run = opening.open_run(recipe, layout.stored(), fresh, report["content"] + report["teachers"], steps)
+    if opening.is_finished(run, steps):
         return Outcome(run, runs.DONE, "finished before", was_finished=True)
     with runs.lease(run) as lease, tempfile.TemporaryDirectory(prefix="fleetune-beats-") as beats:
-        runs.refuse_replaced(run, recipe)
+        opening.refuse_replaced(run, recipe)
         host = socket.gethostname()
         nodes = [f"{host}/{node}" if layout.nodes > 1 else host for node in range(layout.nodes)]
         size = cut_batch(recipe.training, layout.world_size).global_batch_size

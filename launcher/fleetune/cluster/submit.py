@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from fleetune import runs
+from fleetune import opening, runs
 from fleetune.attempts import end_attempt, unended
 from fleetune.batch import cut_batch
 from fleetune.cluster import slurm, snapshot
@@ -60,7 +60,7 @@ def submit(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sent:
         raise RecipeError(f"output_dir = {recipe.output_dir!r}: has a line break or another control character")
     makes = not base.path.exists()
     recipe = with_failures(recipe, profile)
-    run = runs.open_run(recipe, layout.stored(), is_queued=False)
+    run = opening.open_run(recipe, layout.stored(), is_queued=False)
     _forget_cancelling(run)
     code, copy = snapshot.take(run.path / "code")
     token = secrets.token_hex(6)
@@ -74,7 +74,7 @@ def submit(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sent:
         "profile": profile.model_dump(mode="json"),
         **({} if after is None else {"after": str(after.absolute()), "waits_for": before}),
     }
-    runs.refuse_replaced(run, recipe)
+    opening.refuse_replaced(run, recipe)
     runs.write_json(run.path / "job.json", job)
     executor = _executor(run, profile, token, copy, before)
     try:
@@ -133,7 +133,7 @@ def standing(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sen
         layout = Layout(profile.nodes, profile.ranks, profile.cpus_per_rank).stored()
     else:
         layout = run.info()["layout"]
-    runs.refuse_another_recipe(run, recipe, layout, is_queued=found is not None)
+    opening.refuse_another_recipe(run, recipe, layout, is_queued=found is not None)
     if found is None or found.state == "FINISHED" or not run.recipe_file.exists():
         return found
     return replace(found, changed=tuple(_changed(run, recipe, profile, after)))
@@ -141,7 +141,7 @@ def standing(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sen
 
 def _changed(run: runs.Run, recipe: Recipe, profile: Profile, after: Path | None) -> Iterator[str]:
     """The keys of recipe and profile that are others than when the run's job was sent."""
-    for line in runs.differences(run.recipe(), runs.as_it_began(recipe, run), ("output_dir",)):
+    for line in opening.differences(run.recipe(), opening.as_it_began(recipe, run), ("output_dir",)):
         yield line.partition(":")[0]
     job, now = runs.read_json(run.path / "job.json"), profile.model_dump(mode="json")
     before = job.get("profile", now)
@@ -156,7 +156,7 @@ def _finished(recipe: Recipe, run: runs.Run) -> Sent | None:
         return None
     stored, length = run.recipe().training, ("num_train_epochs", "max_steps")
     as_long = all(getattr(stored, key) == getattr(recipe.training, key) for key in length)
-    if as_long and runs.is_finished(run, run.info().get("total_steps", -1)):
+    if as_long and opening.is_finished(run, run.info().get("total_steps", -1)):
         job = runs.read_json(run.path / "job.json").get("id", "") if (run.path / "job.json").exists() else ""
         return Sent(run, job, "FINISHED", is_new=False)
     return None

@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from fleetune import runs
+from fleetune import opening, runs
 from fleetune.attempts import start_attempt
 from fleetune.batch import cut_batch, total_steps
 from fleetune.cluster import local, slurm
@@ -122,7 +122,7 @@ def _lead(run: runs.Run, task: Task, notes: Path, heard: list[int]) -> Any:
         runs.write_json(run.path / "run.json", run.info() | {"fp32_for_bf16": True})
         runs.write_text(run.recipe_file, dump_recipe(recipe))
     _await_free(run)
-    runs.open_run(_at(recipe, run), layout.stored(), False, report["content"] + report["teachers"], steps)
+    opening.open_run(_at(recipe, run), layout.stored(), False, report["content"] + report["teachers"], steps)
     runs.write_json(
         run.path / "run.json", run.info() | {"total_steps": steps, "global_batch_size": batch.global_batch_size}
     )
