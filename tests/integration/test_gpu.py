@@ -124,16 +124,18 @@ def assert_alike(one: list[dict[str, Any]], other: list[dict[str, Any]], rel: fl
             assert mine[name] == pytest.approx(theirs[name], rel=rel, abs=1e-5), (mine["step"], name)
 
 
+def taught(sections: dict[str, Any], teacher: Path) -> dict[str, Any]:
+    """With the teacher where a loss asks for one."""
+    asks = any(loss["kind"] == "distillation" for loss in sections.get("losses", []))
+    return sections | ({"teacher": {"model_name_or_path": str(teacher)}} if asks else {})
+
+
 def recipes(folder: Path) -> Iterator[dict[str, Any]]:
     """All of this file but those that need what another has made."""
-    teachers = {"model_name_or_path": str(folder / "teacher")}
     for name, sections in OF_TEXT.items():
-        taught = {"teacher": teachers} if name == "distillation" else {}
-        yield of_text(folder, f"text-{name}", **sections, **taught)
+        yield of_text(folder, f"text-{name}", **taught(sections, folder / "classifier"))
     for name, sections in OF_TOKENS.items():
-        yield of_tokens(
-            folder, f"tokens-{name}", **sections, **({} if name == "cross_entropy" else {"teacher": teachers})
-        )
+        yield of_tokens(folder, f"tokens-{name}", **taught(sections, folder / "teacher"))
     for precision, deepspeed, model in PLACES:
         training = {} if precision == "fp32" else {precision: True}
         yield of_tokens(folder, "place", model=model, deepspeed=deepspeed, training=training)
@@ -152,7 +154,7 @@ def test_their_recipes_are_right_where_there_is_no_gpu_to_try_them(folder: Path)
 def test_a_classifier_learns_on_a_gpu_what_it_learns_on_a_cpu(
     name: str, folder: Path, classifier: Path, tmp_path: Path
 ) -> None:
-    sections = OF_TEXT[name] | ({"teacher": {"model_name_or_path": str(classifier)}} if name == "distillation" else {})
+    sections = taught(OF_TEXT[name], classifier)
     found = train(of_text(folder, f"text-{name}-gpu", **sections))
     expected = train(of_text(folder, f"text-{name}-cpu", **sections), cache=tmp_path)
     assert_alike(found, expected, rel=2e-3)
@@ -161,8 +163,7 @@ def test_a_classifier_learns_on_a_gpu_what_it_learns_on_a_cpu(
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OF_TOKENS)
 def test_a_language_model_learns_on_a_gpu_what_it_learns_on_a_cpu(name: str, folder: Path, tmp_path: Path) -> None:
-    teacher = {} if name == "cross_entropy" else {"teacher": {"model_name_or_path": str(folder / "teacher")}}
-    sections = OF_TOKENS[name] | teacher
+    sections = taught(OF_TOKENS[name], folder / "teacher")
     found = train(of_tokens(folder, f"tokens-{name}-gpu", **sections))
     expected = train(of_tokens(folder, f"tokens-{name}-cpu", **sections), cache=tmp_path)
     assert_alike(found, expected, rel=2e-3)
