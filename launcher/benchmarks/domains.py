@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("FLEETUNE_DATA", ROOT.parent / "shared" / "data"))
 PAIRS = list(itertools.permutations(("books", "dvd", "electronics"), 2))
 SOURCE_ONLY, ORACLE = "base", "oracle"
-METHODS = ("mmd", "coral", "jmmd", "lmmd", "dann", "reweight")
+METHODS = ("mmd", "coral", "jmmd", "lmmd", "dann", "entropy", "reweight")
 ARMS = (SOURCE_ONLY, *METHODS, ORACLE)
 SEEDS = (0, 1, 2)
 TUNED_ON = PAIRS[:1] + PAIRS[2:3]  # books to dvd, and back
@@ -43,6 +43,7 @@ TRIED = {
     "jmmd": (0.02, 0.1, 0.5),
     "lmmd": (0.02, 0.1, 0.5),
     "dann": (0.01, 0.03, 0.1),
+    "entropy": (0.1, 0.3),
     "reweight": (2.0, 10.0),
     # As the published code has it, for comparison: the bandwidth a constant to the gradient.
     "mmd-detached": (0.02, 0.1, 0.5),
