@@ -498,6 +498,14 @@ def of_domains() -> Iterator[Fault]:
         ("losses.1.layers.1", {"losses": [task, {"kind": "jmmd", "layers": [1, "poled"]}]}, "should be pooled, logits"),
         ("losses.1.bandwidths", {"losses": [task, {"kind": "jmmd", "bandwidths": [1]}]}, "one for each of 2 layers"),
         ("losses.1.layers", {"losses": [task, {"kind": "jmmd", "layers": [1]}]}, "at least 2 items"),
+        *(
+            ("losses.1.detach_bandwidth", {"losses": [task, loss | {"detach_bandwidth": True}]}, "leave one out")
+            for loss in (
+                {"kind": "mmd", "bandwidth": 2},
+                {"kind": "lmmd", "bandwidth": 2},
+                {"kind": "jmmd", "bandwidths": [1, 2]},
+            )
+        ),
         (
             "losses.1.estimator",
             {"losses": [task, linear | {"accumulate": True}], "reweight": None},

@@ -208,6 +208,9 @@ def _domain_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             yield f"{key}.layers", loss.layers, "a layer stands there twice"
         if isinstance(loss, Jmmd) and loss.bandwidths is not None and len(loss.bandwidths) != len(loss.layers):
             yield f"{key}.bandwidths", loss.bandwidths, f"should be one for each of {len(loss.layers)} layers"
+        given = loss.bandwidths if isinstance(loss, Jmmd) else [getattr(loss, "bandwidth", None)]
+        if getattr(loss, "detach_bandwidth", False) and given and None not in given:
+            yield f"{key}.detach_bandwidth", True, "is of the mean distance, and the bandwidth is given: leave one out"
         if isinstance(loss, Mmd | Jmmd) and loss.estimator == "linear" and loss.accumulate:
             message = "compares neighbouring rows, and which they are depends on the cut: biased or unbiased"
             yield f"{key}.estimator", loss.estimator, message
