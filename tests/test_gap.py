@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fleetune.gap import gaps_closed
+from fleetune.gap import gaps_closed, missing_ends
 from fleetune.schema import Recipe
 
 TARGET = {
@@ -41,18 +41,43 @@ def test_it_is_of_rows_that_the_oracle_has_not_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    "rows",
+    ("rows", "said"),
     [
-        [SOURCE_ONLY, row(0.8, 0.8, "mmd")],
-        [ORACLE, row(0.8, 0.8, "mmd")],
-        [ORACLE, SOURCE_ONLY, SOURCE_ONLY],
-        [ORACLE, row(0.90, 0.5)],
-        [],
+        ([SOURCE_ONLY, row(0.8, 0.8, "mmd")], None),
+        ([ORACLE, row(0.8, 0.8, "mmd")], "here are 1 and 0"),
+        ([ORACLE, SOURCE_ONLY, SOURCE_ONLY], "here are 1 and 2"),
+        ([ORACLE, row(0.90, 0.5)], None),
+        ([], None),
     ],
     ids=["no oracle", "no source alone", "two of them", "no gap", "nothing"],
 )
-def test_without_two_ends_there_is_no_gap(rows: list[Any]) -> None:
+def test_without_two_ends_there_is_no_gap(rows: list[Any], said: str | None) -> None:
     assert gaps_closed(rows) == [{}] * len(rows)
+    lines = missing_ends([recipe for recipe, _ in rows])
+    assert [line.rpartition("; ")[2] for line in lines] == ([said] if said else [])
+
+
+def test_what_began_without_pretrained_weights_is_at_no_end_of_it() -> None:
+    model = {"model_name_or_path": "none", "from_scratch": True}
+    baselines = [row(0.5, 0.5, model=model), row(0.6, 0.01, train="dvd", model=model)]
+    found = gaps_closed([ORACLE, SOURCE_ONLY, row(0.85, 0.5, "mmd"), *baselines])
+    assert [values["dvd accuracy"] for values in found] == pytest.approx([1.0, 0.0, 0.75, -1.0, -0.5])
+    found = gaps_closed([*baselines, row(0.55, 0.5, "mmd", model=model)])  # nor are there others
+    assert [values["dvd accuracy"] for values in found] == pytest.approx([0.0, 1.0, 0.5])
+
+
+def test_the_domains_may_stand_in_one_file() -> None:
+    def rows_of(domain: str, split: str) -> dict[str, Any]:
+        return {"path": "/reviews.jsonl", "where": {"domain": domain, "split": split}}
+
+    target = {"dvd": {"train": rows_of("dvd", "unlabelled"), "test": rows_of("dvd", "test")}}
+    trained_on = [{"train": rows_of(domain, "train"), "target": target} for domain in ("books", "dvd", "books")]
+    plain, oracle, adapted = (
+        row(0.5, test, *losses, data=data)
+        for test, losses, data in zip((0.7, 0.9, 0.8), ([], [], ["mmd"]), trained_on, strict=True)
+    )
+    found = gaps_closed([plain, oracle, adapted])
+    assert [values["dvd accuracy"] for values in found] == pytest.approx([0.0, 1.0, 0.5])
 
 
 def test_another_target_is_another_gap() -> None:

@@ -509,7 +509,7 @@ def of_domains() -> Iterator[Fault]:
         (
             "losses.1.estimator",
             {"losses": [task, linear | {"accumulate": True}], "reweight": None},
-            "depends on the cut",
+            "which accumulate: true leaves open",
         ),
         ("losses.1.estimator", {"losses": [task, linear]}, "takes no examples' weights"),
         (

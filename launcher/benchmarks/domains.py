@@ -156,7 +156,7 @@ def table(small: bool) -> None:
             f"{statistics.fmean(accuracy(r, split) for r in results[pair]):.4f}" if pair in results else ""
             for pair in pairs
         ]
-        means = _means(arm, small, split)
+        means = list(_means(arm, small, split).values())
         if not means:
             continue
         spread = f"{statistics.stdev(means):.4f}" if len(means) > 1 else ""
@@ -175,19 +175,25 @@ def _machine(result: dict[str, Any]) -> str:
     return f"{ranks} rank(s) of {machine.get('gpu', machine['cpu'])}"
 
 
-def _means(arm: str, small: bool, split: str) -> list[float]:
-    """Over all pairs, for each seed that has all of the first one's."""
+def _means(arm: str, small: bool, split: str) -> dict[int, float]:
+    """Over all pairs, of each seed that has all of the first one's."""
     whole = len(recorded(arm, small, (0,)))
-    each = [recorded(arm, small, (seed,)) for seed in SEEDS]
-    return [statistics.fmean(accuracy(r, split) for (r,) in e.values()) for e in each if len(e) == whole and whole]
+    each = {seed: recorded(arm, small, (seed,)) for seed in SEEDS}
+    return {
+        seed: statistics.fmean(accuracy(r, split) for (r,) in found.values())
+        for seed, found in each.items()
+        if whole and len(found) == whole
+    }
 
 
 def _gap_closed(arm: str, small: bool) -> str:
-    found = {name: _means(name, small, "validation") for name in (arm, SOURCE_ONLY, ORACLE)}
-    if not all(found.values()):
+    """Over the seeds that all three have."""
+    found = [_means(name, small, "validation") for name in (arm, SOURCE_ONLY, ORACLE)]
+    seeds = set.intersection(*map(set, found))
+    if not seeds:
         return ""
-    low, high = (statistics.fmean(found[name]) for name in (SOURCE_ONLY, ORACLE))
-    return f"{(statistics.fmean(found[arm]) - low) / (high - low):.2f}" if high > low else "no gap"
+    method, low, high = (statistics.fmean(means[seed] for seed in seeds) for means in found)
+    return f"{(method - low) / (high - low):.2f}" if high > low else "no gap"
 
 
 def main() -> None:

@@ -212,11 +212,11 @@ def _domain_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         if getattr(loss, "detach_bandwidth", False) and given and None not in given:
             yield f"{key}.detach_bandwidth", True, "is of the mean distance, and the bandwidth is given: leave one out"
         if isinstance(loss, Mmd | Jmmd) and loss.estimator == "linear" and loss.accumulate:
-            message = "compares neighbouring rows, and which they are depends on the cut: biased or unbiased"
+            message = "compares neighbouring rows, which accumulate: true leaves open; should be biased or unbiased"
             yield f"{key}.estimator", loss.estimator, message
         if isinstance(loss, Mmd | Jmmd) and loss.estimator != "biased" and has_weights(recipe):
             # The unbiased one divides by 1 - sum w², which is 0 where one row has all the weight.
-            yield f"{key}.estimator", loss.estimator, "takes no examples' weights: biased"
+            yield f"{key}.estimator", loss.estimator, "takes no examples' weights; should be biased"
 
 
 def _teacher_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fleetune import runs, sizes
-from fleetune.gap import gaps_closed
+from fleetune.gap import gaps_closed, missing_ends
 from fleetune.schema import Recipe, RecipeError, teachers_of
 
 WIDTH = 100  # of a table; runs that find no room stand in a second one
@@ -353,7 +353,7 @@ def notes(rows: list[Row], machine: dict[str, Any] | None) -> list[str]:
             lines.append("latency of several seeds is that of the first's model")
         if any(row.latency and row.latency["tokens"]["source"] == "random" for row in rows):
             lines.append("random tokens stand for the rows of a run whose data are not there")
-    return lines
+    return [*lines, *missing_ends([row.members[0].recipe for row in rows])]
 
 
 # ---------------------------------------------------------------- the file

@@ -103,6 +103,7 @@ class Reweight(Section):
 
     method: Literal["domain_classifier", "kernel_mean_matching"]
     """The odds of a classifier that tells the two apart, each row's by a fit without it; or the weights with which the
-    source's mean in the space of mmd's kernel is nearest to the target's. On the features of the pretrained model."""
+    source's mean in the space of mmd's kernel is nearest to the target's (of n rows, 8 n² bytes of memory). On the
+    features of the pretrained model."""
     clip: Annotated[float, Field(gt=1.0)] = 10.0
     """The highest weight; their mean is 1."""

@@ -1,14 +1,16 @@
 """How much of the gap between the source alone and the target's own labels a method closes. Nothing here imports torch.
 
 Of runs with the same `data.target`: the oracle is trained on rows of a target's labelled file; the source alone has no
-loss between domains and no `reweight`. On a split that the oracle is not trained on, by the metric that chooses
-checkpoints, closed = (method - source alone) / (oracle - source alone).
+loss between domains and no `reweight`; both start from pretrained weights where any run does. On a split that the
+oracle is not trained on, by the metric that chooses checkpoints,
+closed = (method - source alone) / (oracle - source alone).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fleetune.data_section import Source
@@ -21,20 +23,16 @@ Figures = dict[str, dict[str, Any]]  # by name, as `comparison.summary` has them
 def gaps_closed(rows: Sequence[tuple[Recipe, Figures]]) -> list[dict[str, float]]:
     """For each row its figures, as `DOMAIN METRIC`; none where there is not one oracle and one source alone."""
     found: list[dict[str, float]] = [{} for _ in rows]
-    for name, targets in sorted({(name, _targets(recipe)) for recipe, _ in rows for name in recipe.data.target}):
-        group = [i for i, (recipe, _) in enumerate(rows) if _targets(recipe) == targets]
-        oracles = [i for i in group if is_oracle(rows[i][0], name)]
-        plain = [i for i in group if i not in oracles and not _adapts(rows[i][0])]
-        plain = [i for i in plain if not rows[i][0].model.from_scratch]
-        if len(oracles) != 1 or len(plain) != 1:
+    for one in _comparisons([recipe for recipe, _ in rows]):
+        if len(one.oracles) != 1 or len(one.plain) != 1:
             continue
-        recipe = rows[oracles[0]][0]
-        for split in _unseen(recipe, name):
-            key = f"{split}/{name}/{best_metric_of(recipe)}"
-            means = {i: rows[i][1].get(key, {}).get("mean") for i in group}
-            low, high = means[plain[0]], means[oracles[0]]
+        recipe = rows[one.oracles[0]][0]
+        for split in _unseen(recipe, one.target):
+            key = f"{split}/{one.target}/{best_metric_of(recipe)}"
+            means = {i: rows[i][1].get(key, {}).get("mean") for i in one.rows}
+            low, high = means[one.plain[0]], means[one.oracles[0]]
             if low is not None and high is not None and low != high:
-                line = f"{name} {best_metric_of(recipe)}"
+                line = f"{one.target} {best_metric_of(recipe)}"
                 for i, mean in means.items():
                     if mean is not None:
                         found[i][line] = (mean - low) / (high - low)
@@ -42,10 +40,52 @@ def gaps_closed(rows: Sequence[tuple[Recipe, Figures]]) -> list[dict[str, float]
     return found
 
 
+def missing_ends(recipes: Sequence[Recipe]) -> list[str]:
+    """A line for each target that an oracle is here for and no gap can be told of."""
+    return [
+        f"no gap to close is told of {one.target}: that takes one run (of one or several seeds) trained on its labels "
+        f"and one on the source alone; here are {len(one.oracles)} and {len(one.plain)}"
+        for one in _comparisons(recipes)
+        if one.oracles and (len(one.oracles) != 1 or len(one.plain) != 1)
+    ]
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Rows, by number, that have the same `data.target`."""
+
+    target: str
+    rows: list[int]
+    oracles: list[int]
+    plain: list[int]  # the source alone
+
+
+def _comparisons(recipes: Sequence[Recipe]) -> Iterator[_Comparison]:
+    for name, targets in sorted({(name, _targets(recipe)) for recipe in recipes for name in recipe.data.target}):
+        rows = [i for i, recipe in enumerate(recipes) if _targets(recipe) == targets]
+        pretrained = [i for i in rows if not recipes[i].model.from_scratch] or rows
+        oracles = [i for i in pretrained if is_oracle(recipes[i], name)]
+        plain = [i for i in pretrained if not is_oracle(recipes[i], name) and not _adapts(recipes[i])]
+        yield _Comparison(name, rows, oracles, plain)
+
+
 def is_oracle(recipe: Recipe, name: str) -> bool:
+    """Whether it trains on the file of the target's labelled rows; where several domains stand in it, on the target's:
+    `where` says the same of them as of two of the target's own sets."""
     target = recipe.data.target[name]
     labelled = [source for source in (target.validation, target.test) if source is not None]
-    return any(_place(train) == _place(source) for train in training_sources(recipe) for source in labelled)
+    own = [*labelled, target.train]
+    domain = {
+        (key, str(value))
+        for i, source in enumerate(own)
+        for key, value in source.where.items()
+        if any(key in other.where and other.where[key] == value for other in own[i + 1 :])
+    }
+    return any(
+        _place(train) == _place(source) and all(str(train.where.get(key, value)) == value for key, value in domain)
+        for train in training_sources(recipe)
+        for source in labelled
+    )
 
 
 def _place(source: Source) -> tuple[str | None, ...]:

@@ -165,9 +165,9 @@ class _WithKernels(_Compared):
     factor: Annotated[float, Field(gt=0.0)] = 2.0
     """Each Gaussian's variance is so many times that of the one before."""
     detach_bandwidth: bool = False
-    """Whether the batch's own mean distance, for bandwidth, is a constant to the gradient, as in the published code. It
-    then draws all features together, the more the smaller they are, and takes the classifier's with them: between
-    Amazon's reviews of books and DVDs a weight of 0.5 left 0.745 of the source's accuracy of 0.873."""
+    """Whether the batch's own mean distance, for bandwidth, is a constant to the gradient, as in the published code.
+    The loss can then always be made smaller by shrinking all features, and what the classifier needs shrinks with them:
+    from Amazon's reviews of books to DVDs a weight of 0.5 takes the accuracy on DVDs from 0.869 to 0.807."""
 
 
 class Mmd(_WithKernels):
@@ -176,9 +176,11 @@ class Mmd(_WithKernels):
     arXiv 1502.02791). Several layers, each with its own weight, are several of these."""
     layer: Layer = "pooled"
     """pooled: what the model's last linear map reads; logits; probabilities; or what a layer gives, by its number from
-    0, or any module by its dotted name (bert.encoder.layer.3.attention), averaged over each row's tokens."""
+    0, or any module that has a dot in its name (bert.encoder.layer.3.attention), averaged over each row's tokens."""
     estimator: Literal["biased", "unbiased", "linear"] = "biased"
-    """The V-statistic, which is never below 0; the U-statistic, whose mean is right; or consecutive pairs alone."""
+    """biased: of all pairs, never below 0 (the V-statistic); takes examples' weights. unbiased: without each row's pair
+    with itself, right in the mean on small batches too (the U-statistic). linear: of consecutive rows alone, the
+    cheapest and by far the noisiest."""
     bandwidth: Annotated[float, Field(gt=0.0)] | None = None
     """The variance of the middle Gaussian; the mean squared distance between the batch's rows when absent."""
 

@@ -72,8 +72,9 @@ def split_lines(recipe: Recipe, report: dict[str, Any]) -> Iterator[str]:
     if "reweight" in report:
         found = report["reweight"]
         yield (
-            f"reweight   {found['method']}: the {found['rows']} rows of train count as "
-            f"{found['effective_sample_size']:.0f} of equal weight; {found['at_the_highest']} have the highest"
+            f"reweight   {found['method']}: the {found['rows']} rows of train tell as much as "
+            f"{found['effective_sample_size']:.0f} of equal weight would; {found['at_the_highest']} have the highest "
+            "weight"
         )
     if recipe.task == "causal_lm":
         counts, width = report["lengths"]["train"], recipe.data.max_length

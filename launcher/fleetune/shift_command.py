@@ -17,7 +17,7 @@ SIGNIFICANT = 0.05
 
 
 def shift(
-    a: Annotated[str, typer.Argument(metavar="A", help="A file, or a hub data set.", show_default=False)],
+    a: Annotated[str, typer.Argument(metavar="A", help="A file, or a hub data set's train split.", show_default=False)],
     b: Annotated[str, typer.Argument(metavar="B", help="The one that it is compared with.", show_default=False)],
     model: Annotated[
         str | None,

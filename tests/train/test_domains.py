@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from fleetune.schema import Recipe
 from fleetune.train.domains import add_domain_heads, check_layers, head_of, layer_of
+from fleetune.train.model import ModelError
 from fleetune.train.objectives import build_terms
 from fleetune.train.terms import Features
 
@@ -39,7 +40,7 @@ def recipe(*losses: dict[str, Any], **more: Any) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def model(family: str) -> Any:
+def model(family: str, attention: str = "eager") -> Any:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = AutoConfig.for_model(family, **SIZES, intermediate_size=32, num_labels=3, pad_token_id=0)
@@ -47,7 +48,7 @@ def model(family: str) -> Any:
         if hasattr(config, name):
             setattr(config, name, 0.0)
     torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+    return AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,6 +76,42 @@ def test_a_module_by_its_name_and_a_layer_by_its_number_are_means_over_tokens() 
     rows = [outputs.hidden_states[2][row, :length].mean(0) for row, length in enumerate(LENGTHS.tolist())]
     assert torch.allclose(by_number, torch.stack(rows), atol=1e-6)
     assert torch.equal(by_name, by_number)
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        ("bert.embeddings.dropout_", "the model has no such module; there is e.g. `bert.embeddings.dropout`"),
+        ("bert.encoder.layer", "the model has no such module"),  # a list, which does not run
+        (2, "there is no such layer; the model has layers 0 to 1"),
+    ],
+)
+def test_a_layer_that_the_model_does_not_have_is_named(layer: int | str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_layers(recipe({"kind": "mmd", "layer": layer}), model("bert"))
+
+
+def test_the_layers_of_an_encoder_and_a_decoder_have_no_numbers() -> None:
+    from transformers import AutoModelForSequenceClassification, BartConfig
+
+    config = BartConfig(vocab_size=50, d_model=16, encoder_layers=2, decoder_layers=2, num_labels=3)
+    with pytest.raises(ValueError, match=r"losses\.1\.layer = 0: a bart model has two rows of layers; name a module"):
+        check_layers(recipe({"kind": "mmd", "layer": 0}), AutoModelForSequenceClassification.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        ("bert.encoder.layer.0.attention.self.dropout", "is a module that the model has and does not run"),
+        ("bert.embeddings.position_embeddings", r"gives \(1, 7, 16\), for \(4, 7\) tokens"),
+    ],
+)
+def test_a_module_whose_output_cannot_be_compared_is_named(layer: str, said: str) -> None:
+    made = model("bert", "sdpa")
+    add_domain_heads(made, recipe({"kind": "mmd", "layer": layer}))
+    outputs = made(input_ids=IDS, attention_mask=MASK)
+    with pytest.raises(ModelError, match=said):
+        layer_of(layer, outputs.logits, (), outputs["read"], MASK)
 
 
 def test_the_discriminator_learns_while_the_model_gets_the_reversed_gradient() -> None:

@@ -13,7 +13,7 @@ from tiny import recipe_values, write_model, write_rows
 
 from fleetune import runs
 from fleetune.recipe import load_recipe
-from fleetune.schema import Recipe
+from fleetune.schema import Recipe, RecipeError
 from fleetune.train import source_weights
 from fleetune.train.data import prepare
 from fleetune.train.distributed import World
@@ -100,21 +100,37 @@ def test_a_run_keeps_its_weights_by_row_with_a_plot(workspace: Path, tmp_path: P
     assert [line["row"] for line in lines] == train.index.tolist()
     assert np.array_equal(np.array([line["weight"] for line in lines], dtype=np.float32), train.weights)
     assert (tmp_path / "source_weights.png").read_bytes().startswith(b"\x89PNG")
-    # From then on they are the run's own.
-    twos = [json.dumps({"row": line["row"], "weight": 2.0}) for line in lines]
-    (tmp_path / "source_weights.jsonl").write_text("\n".join(twos) + "\n", encoding="utf-8")
-    again = source_weights.weighted(found, data, run, ALONE).splits["train"].weights
+
+
+def test_from_its_first_checkpoint_on_the_weights_are_the_runs_own(workspace: Path, tmp_path: Path) -> None:
+    first, mended = recipe(workspace, clip=3.0), recipe(workspace, clip=1.5)
+    data, run = prepare(first, load_tokenizer(first)), runs.Run(tmp_path)
+    source_weights.write(first, source_weights.weighted(first, data, run, ALONE), run)
+    anew = source_weights.weighted(mended, data, run, ALONE)  # it failed before it had saved, and the recipe was mended
+    source_weights.write(mended, anew, run)
+    weights = anew.splits["train"].weights
+    assert weights is not None
+    assert weights.max() == pytest.approx(1.5)
+    stored = tmp_path / "source_weights.jsonl"
+    lines = [json.loads(line) for line in stored.read_text(encoding="utf-8").splitlines()]
+    assert [line["weight"] for line in lines] == weights.tolist()
+    (run.checkpoints / "step-00000001").mkdir(parents=True)
+    stored.write_text("".join(json.dumps(line | {"weight": 2.0}) + "\n" for line in lines), encoding="utf-8")
+    again = source_weights.weighted(mended, data, run, ALONE).splits["train"].weights
     assert again is not None
     assert set(again.tolist()) == {2.0}
-    # Unless its rows are others by now.
-    (tmp_path / "source_weights.jsonl").write_text("\n".join(twos[1:]) + "\n", encoding="utf-8")
-    anew = source_weights.weighted(found, data, run, ALONE).splits["train"].weights
-    assert np.array_equal(anew, train.weights)
+
+
+def test_matching_that_needs_more_memory_than_there_is_is_an_error(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = recipe(workspace, "kernel_mean_matching", clip=2.5)
+    monkeypatch.setattr(source_weights, "available_memory", lambda: 8 * 60**2 - 1)
+    with pytest.raises(RecipeError, match=r"60 rows of train need 0\.0 GB of memory, .* domain_classifier takes any"):
+        prepare_recipe(found)
 
 
 def test_too_few_rows_are_an_error_that_names_the_method(workspace: Path) -> None:
-    from fleetune.schema import RecipeError
-
     found = recipe(workspace)
     target = found.data.target["far"]
     few = target.model_copy(update={"train": target.train.model_copy(update={"limit": 1})})

@@ -36,9 +36,17 @@ def test_a_pass_has_a_fresh_order_and_an_epoch_begins_where_the_one_before_ended
 
 
 def test_partners_are_of_like_length_where_batches_are() -> None:
-    found = partners(SOURCE, TARGET, 0, 0, True)
-    order = np.lexsort((TARGET[found], SOURCE))  # among rows of one length the draw decides
-    assert (np.diff(TARGET[found][order]) >= 0).all()
+    found = partners(TARGET, SOURCE, 0, 0, True)
+    order = np.lexsort((SOURCE[found], TARGET))  # among rows of one length the draw decides
+    assert (np.diff(SOURCE[found][order]) >= 0).all()
+
+
+def test_a_target_row_that_comes_several_times_in_an_epoch_comes_in_several_batches() -> None:
+    source, target = (LENGTHS.lognormal(4.0, 0.6, rows).astype(np.int64) for rows in (1600, 200))
+    by_length = partners(source, target, 0, 0, True)[np.argsort(source, kind="stable")]
+    distinct = [len(set(batch.tolist())) for batch in by_length.reshape(-1, 32)]
+    assert np.mean(distinct) > 16  # of 32; sorted over all passes together it is 4 to 8
+    assert np.corrcoef(target[by_length], np.sort(source))[0, 1] > 0.9
 
 
 def test_the_slots_of_all_ranks_are_the_pieces_that_each_takes() -> None:

@@ -330,7 +330,10 @@ def load(engine: Any, path: Path, run: runs.Run, world: World) -> tuple[dict[str
     rows = [layout_["micro_batch_size"] * layout_["world_size"] for layout_ in (manifest, layout)]
     compared = [loss.kind for loss in run.recipe().losses if not getattr(loss, "accumulate", True)]
     if compared and rows[0] != rows[1]:
-        moved.append(f"{', '.join(compared)}: over {rows[0]} rows before, over {rows[1]} now, which is another loss")
+        moved.append(
+            f"{', '.join(compared)}: over {rows[0]} rows before, over {rows[1]} now, which is another loss "
+            "(with accumulate: true it is over the whole step)"
+        )
     return state, (
         f"{path.name} is of another layout ({'; '.join(moved)}) and is converted: from here the run is the same "
         "to rounding, no more bit for bit"

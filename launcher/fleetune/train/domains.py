@@ -24,6 +24,7 @@ from fleetune.schema import Recipe, losses_of
 from fleetune.train import distributed
 from fleetune.train.alignment import Outputs
 from fleetune.train.batches import MicroBatch
+from fleetune.train.model import ModelError
 from fleetune.train.terms import Features, Statistic, Term, divided, precise
 from fleetune_kernels.mmd import coral, jmmd, lmmd, mmd
 
@@ -45,11 +46,14 @@ def check_layers(recipe: Recipe, model: Any) -> None:
         for layer in layers_of(loss):
             key = f"losses.{index}.{'layers' if isinstance(loss, Jmmd) else 'layer'} = {layer!r}"
             depth = getattr(model.config, "num_hidden_layers", 0)
+            if isinstance(layer, int) and getattr(model.config, "is_encoder_decoder", False):
+                raise ValueError(f"{key}: a {model.config.model_type} model has two rows of layers; name a module")
             if isinstance(layer, int) and layer >= depth:
                 raise ValueError(f"{key}: there is no such layer; the model has layers 0 to {depth - 1}")
             if layer == "pooled" and head_of(model, model.config.num_labels) is None:
                 raise ValueError(f"{key}: a {model.config.model_type} model ends in no linear map; name a layer")
-            names = [name for name, _ in model.named_modules()]
+            # A list of modules is none that runs.
+            names = [name for name, one in model.named_modules() if not isinstance(one, nn.ModuleList | nn.ModuleDict)]
             if isinstance(layer, str) and "." in layer and layer not in names:
                 near = ", ".join(f"`{name}`" for name in difflib.get_close_matches(layer, names, 2, 0.0))
                 raise ValueError(f"{key}: the model has no such module; there is e.g. {near}")
@@ -62,13 +66,21 @@ def layer_of(
     read: Mapping[str, torch.Tensor],  # (B, D) or (B, L, D)
     attention_mask: torch.Tensor,  # (B, L)
 ) -> torch.Tensor:  # (B, D), in fp32
+    """Raises ModelError: a module by its name does not run, or gives something else."""
     if layer == "logits":
         return precise(logits)
     if layer == "probabilities":
         return precise(logits).softmax(-1)
+    if isinstance(layer, str) and layer not in read:
+        raise ModelError(f"losses: the layer {layer} is a module that the model has and does not run; name another")
     states = precise(read[layer] if isinstance(layer, str) else hidden_states[layer + 1])
     if states.dim() == 2:
         return states
+    if states.shape[:-1] != attention_mask.shape:
+        raise ModelError(
+            f"losses: the layer {layer} gives {tuple(states.shape)}, for {tuple(attention_mask.shape)} tokens; "
+            "should be one whose output has features for each row, or for each of its tokens"
+        )
     mask = attention_mask[:, :, None].to(states.dtype)
     return (states * mask).sum(1) / mask.sum(1)
 
@@ -119,7 +131,7 @@ def _compare(loss: Any, kernels: str, weighted: bool, features: Features) -> tor
     """The loss of all ranks' rows, with the gradient of this rank's."""
     group = distributed.group()
     sizes = None if group is None else [(rows, rows) for rows in features.everyone]
-    ranks: dict[str, Any] = {"group": group, "sizes": sizes}
+    ranks: dict[str, Any] = {"group": group, "sizes": sizes, "backend": kernels}
     source, target = features.source, features.target
     if isinstance(loss, Coral):
         value: torch.Tensor = coral(source[0], target[0], **ranks)
@@ -128,7 +140,6 @@ def _compare(loss: Any, kernels: str, weighted: bool, features: Features) -> tor
         "num_kernels": loss.num_kernels,
         "factor": loss.factor,
         "detach_bandwidth": loss.detach_bandwidth,
-        "backend": kernels,
         **ranks,
     }
     # Where all rows that meet have weight 0 they count alike; a mean of nothing would be no number.

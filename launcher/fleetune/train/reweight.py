@@ -5,11 +5,11 @@
   is of the source. Its strength of regularisation is the one whose odds fit unseen rows best. Bickel, Brückner and
   Scheffer, Discriminative Learning under Covariate Shift, JMLR 10 (2009).
 - `kernel_mean_matching_weights`: the weights w with which the source's mean in the kernel's space is nearest to the
-  target's, |1/n sum_i w_i phi(s_i) - 1/m sum_j phi(t_j)|², with 0 <= w <= clip and |mean w - 1| <= slack, and a ridge
-  against following the noise; the kernel is that of the MMD loss. Huang, Smola, Gretton, Borgwardt and Schölkopf,
+  target's, |1/n sum_i w_i phi(s_i) - 1/m sum_j phi(t_j)|², with 0 <= w <= clip and mean w = 1, and a ridge against
+  following the noise; the kernel is that of the MMD loss. Huang, Smola, Gretton, Borgwardt and Schölkopf,
   Correcting Sample Selection Bias by Unlabeled Data, NeurIPS 19 (2007). A quadratic programme, solved by accelerated
   projected gradients (Beck and Teboulle, 2009) that start anew where they would climb. Memory: the source's kernel
-  matrix, 8 n² bytes.
+  matrix, `matching_bytes`.
 
 Both are in fp64, on the CPU. All weights have mean 1 and none is above `clip`, so that a few rows cannot rule a loss.
 """
@@ -62,7 +62,7 @@ def clip_to_mean_one(weights: Floats, clip: float) -> Weights:
             f"each at most {clip!r} the mean cannot be 1; should be larger"
         )
     descending = np.sort(weights)[::-1]
-    rest = descending.sum() - np.concatenate([[0.0], np.cumsum(descending[:-1])])  # of those from k on
+    rest = np.cumsum(descending[::-1])[::-1]  # of those from k on; from the smallest up, so that nothing cancels
     factors = (len(weights) - clip * np.arange(len(weights))) / np.maximum(rest, 1e-300)  # were the first k cut
     # The fewest that must be cut: the largest of the rest then is not above clip.
     first = int(np.argmax(factors * descending <= clip * (1 + 1e-12)))
@@ -85,7 +85,9 @@ def domain_classifier_weights(
     source, target = _checked(source, target)
     fewer = min(len(source), len(target))
     if not 2 <= folds <= fewer:
-        raise ValueError(f"folds: {folds}; should be from 2 to the rows of the smaller side, {fewer}")
+        raise ValueError(
+            f"{folds} folds of {fewer} rows, of the smaller side; should be 2 folds or more, and as many rows"
+        )
     rows = np.concatenate([source, target])
     is_target = np.repeat([False, True], [len(source), len(target)])
     tried = [_log_ratios(rows, is_target, strength, folds, seed) for strength in STRENGTHS]
@@ -119,12 +121,16 @@ def _log_loss(log_odds: Floats, truth: npt.NDArray[np.bool_]) -> float:
 # ---------------------------------------------------------------- by kernel mean matching
 
 
+def matching_bytes(rows: int) -> int:
+    """What `kernel_mean_matching_weights` needs for so many rows of the source."""
+    return 8 * rows**2
+
+
 def kernel_mean_matching_weights(
     source: Floats,  # (n, D)
     target: Floats,  # (m, D)
     *,
     clip: float = 10.0,
-    slack: float = 0.0,
     ridge: float | None = None,
 ) -> Weights:
     """`ridge` times the mean of w² / n is added to the squared distance; 0 is the programme as it was published.
@@ -138,8 +144,6 @@ def kernel_mean_matching_weights(
     source, target = _checked(source, target)
     if not clip > 1:
         raise ValueError(f"clip: {clip!r}; should be above 1, the mean of the weights")
-    if not 0 <= slack < 1:
-        raise ValueError(f"slack: {slack!r}; should be at least 0 and below 1")
     if ridge is not None and not ridge >= 0:
         raise ValueError(f"ridge: {ridge!r}; should be at least 0")
     own, other = torch.from_numpy(source), torch.from_numpy(target)
@@ -151,7 +155,7 @@ def kernel_mean_matching_weights(
     for rows in _spans(own):
         matrix[rows] = kernel(own[rows], own)
     matrix.diagonal().add_(ridge)
-    weights = minimise_in_box(matrix.div_(len(own)), nearness, clip, slack)
+    weights = minimise_in_box(matrix.div_(len(own)), nearness, clip)
     return clip_to_mean_one(weights.numpy(), clip)
 
 
@@ -163,12 +167,11 @@ def minimise_in_box(
     matrix: torch.Tensor,  # (n, n) symmetric, positive semidefinite
     linear: torch.Tensor,  # (n,)
     highest: float,
-    slack: float,
 ) -> torch.Tensor:  # (n,)
-    """The w with the least w'Aw / 2 - b'w where 0 <= w <= highest and |mean w - 1| <= slack."""
+    """The w with the least w'Aw / 2 - b'w where 0 <= w <= highest and mean w = 1."""
 
     def project(point: torch.Tensor) -> torch.Tensor:
-        return project_on_box(point, highest, slack)
+        return project_on_box(point, highest)
 
     step = 1 / _largest_eigenvalue(matrix)
     weights = project(torch.ones_like(linear))
@@ -197,19 +200,14 @@ def _is_solved(
     return float((project(weights - step * (matrix @ weights - linear)) - weights).abs().max()) < PRECISION
 
 
-def project_on_box(point: torch.Tensor, highest: float, slack: float) -> torch.Tensor:
-    """The nearest point where 0 <= w <= highest and |mean w - 1| <= slack: the box alone, or shifted into the slab."""
-    inside = point.clamp(0, highest)
-    mean = float(inside.mean())
-    wanted = min(max(mean, 1 - slack), 1 + slack)
-    if mean == wanted:
-        return inside
+def project_on_box(point: torch.Tensor, highest: float) -> torch.Tensor:
+    """The nearest point where 0 <= w <= highest and mean w = 1: it is shifted, and cut at the box."""
     low, high = float(point.min()) - highest, float(point.max())  # all at the highest; all at 0
     for _ in range(100):
         middle = (low + high) / 2
         if not low < middle < high:
             break
-        if float((point - middle).clamp(0, highest).mean()) > wanted:
+        if float((point - middle).clamp(0, highest).mean()) > 1:
             low = middle
         else:
             high = middle

@@ -225,6 +225,8 @@ def _features(a: list[str], b: list[str], arguments: argparse.Namespace) -> tupl
         message = str(error).replace("model.model_name_or_path = ", "--model ")
         raise ModelError(message.replace("data.max_length = ", "--max-length ")) from error
     pooled = mean_pooled(encoder, a + b, _tell).to(encoder.device)
+    if not bool(pooled.isfinite().all()):
+        raise ModelError(f"--model {arguments.model}: its features are not finite, on {arguments.max_length} tokens")
     return pooled[: len(a)], pooled[len(a) :]
 
 

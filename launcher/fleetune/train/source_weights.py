@@ -21,6 +21,7 @@ from fleetune.train.cache import cache_folder, locked
 from fleetune.train.data import Prepared
 from fleetune.train.distributed import World, gather_objects
 from fleetune.train.reweight import Floats, effective_sample_size
+from fleetune.train.speed import available_memory
 from fleetune.train.targets import target_split
 
 SMALL = 0.25  # of the rows: an effective sample size that is warned of
@@ -42,8 +43,8 @@ def warning(described: dict[str, Any]) -> str | None:
     if size >= SMALL * rows:
         return None
     return (
-        f"reweight: the weights leave of {rows} rows of train as much as {size:.0f} of equal weight would tell; a "
-        "lower reweight.clip evens them out"
+        f"reweight: a few rows of train have most of the weight: its {rows} rows tell as much as {size:.0f} of equal "
+        "weight would (their effective sample size); a lower reweight.clip evens them out"
     )
 
 
@@ -86,11 +87,17 @@ def _key(recipe: Recipe, data: Prepared) -> str:
 
 def _fit(recipe: Recipe, data: Prepared) -> Floats:
     from fleetune.train.features import load_encoder, split_features
-    from fleetune.train.reweight import domain_classifier_weights, kernel_mean_matching_weights
+    from fleetune.train.reweight import domain_classifier_weights, kernel_mean_matching_weights, matching_bytes
 
     settings, target = recipe.reweight, target_split(recipe, data)
     assert settings is not None
     assert target is not None
+    rows, free = len(data.splits["train"]), available_memory()
+    if settings.method == "kernel_mean_matching" and matching_bytes(rows) > free:
+        raise RecipeError(
+            f"reweight.method = {settings.method!r}: {rows} rows of train need {matching_bytes(rows) / 1e9:.1f} GB of "
+            f"memory, and {free / 1e9:.1f} are free here; domain_classifier takes any number of rows"
+        )
     encoder = load_encoder(recipe.model, recipe.data.max_length)
     sides = [split_features(encoder, split).double().numpy() for split in (data.splits["train"], target)]
     try:
@@ -107,14 +114,13 @@ def _fit(recipe: Recipe, data: Prepared) -> Floats:
 
 
 def weighted(recipe: Recipe, data: Prepared, run: runs.Run, world: World) -> Prepared:
-    """With the weights on train's rows: those of the run, once it has them. A collective: the main rank fits."""
+    """With the weights on train's rows: the run's own once it has a checkpoint. A collective: the main rank fits."""
     values = None
     if world.is_main:
         stored = run.path / "source_weights.jsonl"
-        lines = runs.read_jsonl(stored) if stored.exists() else []
-        if [(line.get("source"), line["row"]) for line in lines] == list(map(data.place, data.splits["train"].index)):
-            values = np.array([line["weight"] for line in lines])
-        else:  # none yet, or of data that have changed before the first checkpoint
+        if stored.exists() and any(run.checkpoints.glob("step-*")):
+            values = np.array([line["weight"] for line in runs.read_jsonl(stored)])
+        else:  # until then the recipe may change, and the data
             stored.unlink(missing_ok=True)
             values = fitted(recipe, data)
     values = gather_objects(values, world)[0]

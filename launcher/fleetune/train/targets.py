@@ -50,17 +50,20 @@ def partners(
 ) -> Ints:  # (n,) each source row's row of the target
     """Those of an epoch, of like length where batches are of like length: neither padding nor length then parts them.
 
-    The n rows that the epoch draws are sorted by length and go to the source's rows in the order of theirs; among rows
-    of one length the draw decides.
+    What the epoch draws of a pass is sorted by length and goes to as many of the source's rows, chosen at random, in
+    the order of theirs; among rows of one length the draw decides. Pass by pass, since a row's draws of several passes,
+    sorted together, would be neighbours and meet in one batch.
     """
-    count = len(source_lengths)
-    drawn = draw(len(target_lengths), epoch * count, count, seed)
+    count, rows = len(source_lengths), len(target_lengths)
+    drawn = draw(rows, epoch * count, count, seed)
     if not group_by_length:
         return drawn
     found = np.empty_like(drawn)
     order = np.random.default_rng(np.random.SeedSequence([seed, epoch, OF_TARGETS])).permutation(count)
-    order = order[np.argsort(source_lengths[order], kind="stable")]
-    found[order] = drawn[np.argsort(target_lengths[drawn], kind="stable")]
+    ends = np.arange(rows - epoch * count % rows, count, rows)  # of the passes
+    for mine, others in zip(np.split(order, ends), np.split(drawn, ends), strict=True):
+        sorted_by_length = mine[np.argsort(source_lengths[mine], kind="stable")]
+        found[sorted_by_length] = others[np.argsort(target_lengths[others], kind="stable")]
     return found
 
 
