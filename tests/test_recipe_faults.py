@@ -515,7 +515,7 @@ def of_domains() -> Iterator[Fault]:
         (
             "data.target",
             {
-                "losses": [{"kind": "distillation"}],
+                "losses": [{"kind": "distillation"}, {"kind": "mmd"}],
                 "teacher": {"cache": "validation.jsonl"},
                 "data.augmentation": [],
             },

@@ -186,7 +186,8 @@ def _domain_combinations(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
             yield key, target.train.where, f"reads the labels ({data.label_column}) of what is to be unlabelled"
         if target.validation is not None and not has_validation(recipe):
             yield f"data.target.{name}.validation", ..., "is evaluated beside data.validation, which is not there"
-    if targets and any(teacher.cache is not None for _, teacher in teachers_of(recipe)):
+    reads_targets = any(loss.kind in OF_DOMAINS for loss in recipe.losses)
+    if targets and reads_targets and any(teacher.cache is not None for _, teacher in teachers_of(recipe)):
         yield "data.target", list(targets), "a teacher's cache has no rows of these; let the teacher run"
     if recipe.reweight is not None:
         if not targets:

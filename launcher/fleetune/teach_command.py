@@ -65,7 +65,9 @@ def teach(
     what = kinds[taught["chosen"]["kind"]].format(taught["chosen"]["count"]) if taught["chosen"] else ""
     what = what or f"{len(taught['labels'])} logits"
     typer.echo(f"{folder}: {what} of {taught['rows']} rows, {sizes.volume(taught['bytes'])}")
-    command = ["fleetune", "run", str(recipe), *(overrides or ()), *words]
+    changed = {word.partition("=")[0] for word in words}
+    kept = [word for word in overrides or () if word.partition("=")[0] not in changed]
+    command = ["fleetune", "run", str(recipe), *kept, *words]
     typer.echo(f"train with it: {' '.join(map(shlex.quote, command))}")
 
 
