@@ -75,10 +75,15 @@ class Trial:
     small: bool = False
 
 
+def trained_on(trial: Trial) -> tuple[str, str]:
+    """The oracle learns from the target alone: one run serves both sources."""
+    return next(pair for pair in PAIRS if pair[1] == trial.pair[1]) if trial.arm == ORACLE else trial.pair
+
+
 def name_of(trial: Trial) -> str:
     setting = "" if trial.value is None else f"-{trial.value:g}"
     folder = "domains_small" if trial.small else "domains"
-    return f"{folder}/{'-'.join(trial.pair)}-{trial.arm}{setting}-{trial.seed}"
+    return f"{folder}/{'-'.join(trained_on(trial))}-{trial.arm}{setting}-{trial.seed}"
 
 
 def run(trial: Trial, runs: Path, ranks: int) -> None:
@@ -91,7 +96,7 @@ def run(trial: Trial, runs: Path, ranks: int) -> None:
     tuned += ["losses.1.detach_bandwidth=true"] * arm.endswith("-detached")
     recipe = f"recipes/amazon/{arm.removesuffix('-detached')}.yaml"
     shown = ["run", recipe, f"name={folder}", f"training.seed={trial.seed}", *tuned, *(SMALL if trial.small else [])]
-    chosen = {"AMAZON_SOURCE": trial.pair[0], "AMAZON_TARGET": trial.pair[1]}
+    chosen = dict(zip(("AMAZON_SOURCE", "AMAZON_TARGET"), trained_on(trial), strict=True))
     command = [sys.executable, "-m", "fleetune.cli", *shown, f"output_dir={runs}", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "FLEETUNE_DATA": str(DATA), **chosen}
     subprocess.run(command, cwd=ROOT, check=True, env=environment)
@@ -102,8 +107,9 @@ def run(trial: Trial, runs: Path, ranks: int) -> None:
 
 
 def run_all(trials: Iterable[Trial], runs: Path, ranks: int, at_once: int) -> None:
+    each = {name_of(trial): trial for trial in trials}
     with ThreadPoolExecutor(at_once) as pool:
-        for _ in pool.map(lambda trial: run(trial, runs, ranks), trials):
+        for _ in pool.map(lambda trial: run(trial, runs, ranks), each.values()):
             pass
 
 
