@@ -28,14 +28,15 @@ if not count_gpus():
 
 # For the most part waiting for a cluster of their own.
 CLUSTER = ("cluster/", "integration/test_slurm")
-# Judged by the clock.
+# Judged by the clock: whole files, or what these names begin.
 ALONE = (
-    "integration/test_interruptions.py",
-    "integration/test_run.py",
+    "integration/test_interruptions.py::test_a_rank_that_is_stopped",
+    "integration/test_interruptions.py::test_a_second_ctrl_c",
+    "integration/test_interruptions.py::test_asked_to_stop",
+    "integration/test_run.py::test_when_a_rank_dies",
     "integration/test_wandb_outages.py",
     "test_runs.py",
     "test_sync.py",
-    "train/test_data.py",
     "train/test_node_load.py",
     "train/test_signals.py",
     "train/test_tracking.py",
@@ -54,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
         path = item.path.relative_to(ROOT / "tests").as_posix()
         for mark, files in (("alone", ALONE), ("cluster", CLUSTER)):
-            if path.startswith(files):
+            if f"{path}::{item.name}".startswith(files):
                 item.add_marker(mark)
 
 
