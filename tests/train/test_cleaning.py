@@ -71,6 +71,17 @@ def test_of_a_pair_both_count() -> None:
     assert splits["train"].texts == [("a", "b")]
 
 
+def test_a_row_of_language_data_is_also_whose_its_texts_are_and_what_is_no_text() -> None:
+    def said(*turns: tuple[str, str]) -> dict[str, Any]:
+        return {"messages": [{"role": role, "content": text} for role, text in turns], "system": None}
+
+    a, b = said(("user", "a"), ("assistant", "b")), said(("assistant", "a"), ("user", "b"))
+    scored = [{"question": "a", "answer": 4}, {"question": "a", "answer": 5}, {"question": "a", "answer": 4}]
+    splits = {"train": rows(*[("a", "b")] * 3, *[("a",)] * 3, labels=[a, b, a | {"system": ""}, *scored])}
+    assert clean(splits, ["drop_duplicates"]) == {"drop_duplicates": {"train": 2}}
+    assert splits["train"].labels == [a, b, *scored[:2]]
+
+
 def test_steps_run_in_their_order() -> None:
     steps = ["collapse_whitespace", "drop_duplicates"]
     for order, kept in ((steps, ["a b"]), (steps[::-1], ["a b", "a b"])):

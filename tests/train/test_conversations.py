@@ -20,8 +20,8 @@ from fleetune.train.conversations import (
     check_columns,
     columns_of,
     cut,
+    ending,
     find_format,
-    learns_to_stop,
     show,
 )
 from fleetune.train.formats import ALPACA, ALPACA_INPUT
@@ -425,6 +425,16 @@ def test_a_chat_template_from_a_file_or_as_text(tmp_path: Path) -> None:
     assert "is no Jinja template: line 1: " in refusal(tokenizer, TALK, chat_template="{% for %}")
 
 
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_a_template_that_prints_todays_date_says_the_same_every_day(quote: str) -> None:
+    turns = "{% for message in messages %}{{ message.role + ': ' + message.content + '<eos>' }}{% endfor %}"
+    header = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    asked = f"{{% if strftime_now is defined %}}{{{{ strftime_now( {quote}%d %b %Y{quote} ) }}}} {{% endif %}}"
+    tokenizer = byte_level("gemma")
+    encoded = Encoder(tokenizer, "messages", chat_template=asked + turns + header).encode(chat("hello", "fine"))
+    assert show(encoded, tokenizer) == [("26 Jul 2024 user: hello<eos>assistant: ", False), ("fine<eos>", True)]
+
+
 @pytest.mark.parametrize("format", ["messages", "sharegpt"])
 def test_chats_need_a_template(format: Any) -> None:
     for options in ({}, {"chat_template": "none"}):
@@ -435,8 +445,9 @@ def test_without_a_generation_prompt_the_header_is_the_models_to_say() -> None:
     template = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     encoded = Encoder(plain(), "messages", chat_template=template).encode(chat("hello", "fine"))
     assert show(encoded, plain()) == [("user: hello\n", False), ("assistant: fine\n", True)]
-    assert not learns_to_stop(encoded, plain())
-    assert learns_to_stop(Encoder(byte_level("gemma"), "messages").encode(TALK), byte_level("gemma"))
+    assert ending(encoded, plain()) is None
+    gemma = byte_level("gemma")
+    assert ending(Encoder(gemma, "messages").encode(TALK), gemma) == gemma.convert_tokens_to_ids("<end_of_turn>")
 
 
 def test_a_token_that_begins_in_the_header_is_not_learnt() -> None:

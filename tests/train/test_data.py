@@ -556,13 +556,16 @@ def test_another_tokenizer_has_another_key(train: Path, tokenizer: Any) -> None:
     other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     prepare(recipe(train), other)
     assert len(built()) == 1
+    ends = AutoTokenizer.from_pretrained(tokenizer.name_or_path, eos_token="[MASK]")  # of the same tokens
+    prepare(recipe(train), ends)
+    assert len(built()) == 2
     other.add_tokens(["text"])
     prepare(recipe(train), other)
     left = AutoTokenizer.from_pretrained(tokenizer.name_or_path, truncation_side="left")
     prepare(recipe(train), left)
     prepare(recipe(train), ByT5Tokenizer())
     prepare(recipe(train), ByT5Tokenizer(extra_ids=0))
-    assert len(built()) == 5
+    assert len(built()) == 6
 
 
 def test_a_half_built_folder_is_built_anew(train: Path, tokenizer: Any) -> None:
@@ -570,12 +573,38 @@ def test_a_half_built_folder_is_built_anew(train: Path, tokenizer: Any) -> None:
     (folder,) = (path.parent for path in cache_folder().glob("*/report.json"))
     (folder / "report.json").unlink()
     (folder / "train" / "input_ids.npy").write_bytes(b"torn")
-    folder.with_suffix(".building").mkdir()
-    (folder.with_suffix(".building") / "train").mkdir()
+    left = folder.with_name(f"{folder.name}.abc.building")
+    (left / "train").mkdir(parents=True)
     again = prepare(recipe(train), tokenizer)
     assert again.report == first.report
     assert again.splits["train"].lengths.tolist() == first.splits["train"].lengths.tolist()
-    assert not folder.with_suffix(".building").exists()
+    assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
+
+
+def test_where_files_cannot_be_locked_the_faster_of_two_builds_is_kept(
+    train: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fleetune.train import cache, data
+
+    def refuse(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    build, times = data._build, []
+
+    def overtaken(*arguments: Any) -> None:
+        times.append(1)
+        if len(times) == 1:
+            prepare(recipe(train), tokenizer)
+        build(*arguments)
+
+    monkeypatch.setattr(cache.fcntl, "flock", refuse)
+    monkeypatch.setattr(data, "_build", overtaken)
+    prepared = prepare(recipe(train), tokenizer)
+    assert len(times) == 2
+    assert texts_of(prepared, "train", tokenizer)[:2] == ["text 0", "text 1"]
+    assert [path for path in cache_folder().iterdir() if path.is_dir()] == [
+        path.parent for path in cache_folder().glob("*/report.json")
+    ]
 
 
 def test_a_build_that_fails_leaves_nothing_to_be_taken_for_whole(tmp_path: Path, train: Path, tokenizer: Any) -> None:

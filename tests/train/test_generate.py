@@ -14,7 +14,7 @@ from tiny import write_language_model
 from fleetune.schema import ExactMatch, Recipe
 from fleetune.train.data import Split
 from fleetune.train.distributed import World
-from fleetune.train.generate import Generate, continued, exact_match, generator, prompt_tokens
+from fleetune.train.generate import Generate, continued, end_tokens, exact_match, generator, prompt_tokens
 from fleetune.train.head import fuse_head
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ PROMPTS = [[1, 5, 9], [1, 4], [1, 7, 8, 3, 11, 5]]
 
 def test_prompts_of_unequal_length_are_continued_as_each_by_itself(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    generate = generator(model, 2, tokenizer, CPU, partitioned=False)
+    generate = generator(model, 2, end_tokens(model, tokenizer, []), CPU, partitioned=False)
     together = generate(PROMPTS, 8)
     alone = [generate([prompt], 8)[0] for prompt in PROMPTS]
     assert len({tuple(each) for each in alone}) == 3
@@ -64,27 +64,56 @@ def test_a_fused_head_changes_nothing_in_what_is_said(loaded: tuple[Any, Any], t
     model.save_pretrained(tmp_path)
     fused = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     fuse_head(fused)
-    said = [generator(each, 2, tokenizer, CPU, partitioned=False)(PROMPTS, 8) for each in (model, fused)]
+    ends = end_tokens(model, tokenizer, [])
+    said = [generator(each, 2, ends, CPU, partitioned=False)(PROMPTS, 8) for each in (model, fused)]
     assert said[0] == said[1]
 
 
 def test_a_prompt_is_a_users_turn_where_there_is_a_template(loaded: tuple[Any, Any]) -> None:
     _, tokenizer = loaded
-    plain = prompt_tokens(tokenizer, recipe(), "good film")
+    plain = prompt_tokens(tokenizer, recipe(), "alpaca", "good film")
     assert plain == tokenizer("good film")["input_ids"]
     data = {"train": {"path": "t"}, "chat_template": TEMPLATE}
-    asked = prompt_tokens(tokenizer, recipe(data=data), "good film")
+    asked = prompt_tokens(tokenizer, recipe(data=data), "alpaca", "good film")
     assert tokenizer.decode(asked).endswith("good film </s> <unk> <unk>")
-    assert prompt_tokens(tokenizer, recipe(data={**data, "format": "text"}), "good film") == plain
+    assert prompt_tokens(tokenizer, recipe(data=data), "text", "good film") == plain  # as the rows are
+    assert prompt_tokens(tokenizer, recipe(data={**data, "chat_template": "none"}), "alpaca", "good film") == plain
 
 
 def test_every_prompt_of_the_recipe_comes_with_what_is_said(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     wanted = recipe(evaluation={"generate": {"prompts": ["good", "the film was"], "max_new_tokens": 5}})
-    found = continued(wanted, tokenizer, generator(model, 2, tokenizer, CPU, partitioned=False))
+    generate = generator(model, 2, end_tokens(model, tokenizer, []), CPU, partitioned=False)
+    found = continued(wanted, tokenizer, "text", generate)
     assert [prompt for prompt, _ in found] == ["good", "the film was"]
     assert all(text for _, text in found)
-    assert continued(recipe(), tokenizer, lambda prompts, n: []) == []
+    assert continued(recipe(), tokenizer, "text", lambda prompts, n: []) == []
+
+
+def test_it_stops_at_a_token_that_the_rows_end_in(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    (plain,) = generator(model, 2, end_tokens(model, tokenizer, []), CPU, partitioned=False)([[1, 5, 9]], 8)
+    assert len(plain) > 1
+    (stopped,) = generator(model, 2, end_tokens(model, tokenizer, plain[:1]), CPU, partitioned=False)([[1, 5, 9]], 8)
+    assert stopped == plain[:1]
+
+
+def test_it_goes_no_further_than_the_models_last_position(loaded: tuple[Any, Any]) -> None:
+    model, _ = loaded  # of 64
+    generate = generator(model, 2, None, CPU, partitioned=False)
+    assert [len(generate([[1] + [5] * (length - 1)], 20)[0]) for length in (10, 50, 63, 64, 90)] == [20, 14, 1, 1, 1]
+    assert generate([[1] + [5] * 89], 20) == generate([[5] * 63], 20)  # the end of the question stays
+
+
+def test_a_chat_models_own_settings_do_not_change_what_greedy_is(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, _ = loaded
+    model.save_pretrained(tmp_path)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    other.generation_config.repetition_penalty = 5.0
+    said = [generator(each, 2, None, CPU, partitioned=False)(PROMPTS, 20) for each in (model, other)]
+    assert said[0] == said[1]
 
 
 # ---------------------------------------------------------------- exact match

@@ -246,10 +246,13 @@ def test_gradient_checkpointing_and_attention_are_set(folder: Path) -> None:
     assert not recomputes(built(recipe(folder)))
 
 
-def test_a_model_without_a_padding_token_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_a_padding_token_is_refused(folder: Path, tmp_path: Path) -> None:
     from transformers import GPT2Config
 
     GPT2Config(vocab_size=50, n_positions=32, n_embd=8, n_layer=1, n_head=1).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(recipe(folder))
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"its config has no pad_token_id; set model\.config\.pad_token_id"):
         built(recipe(tmp_path, from_scratch=True))
     model: Any = built(recipe(tmp_path, from_scratch=True, config={"pad_token_id": 0}))

@@ -16,6 +16,7 @@ from tiny import recipe_values, write_model
 from fleetune.batch import Batch
 from fleetune.schema import Recipe, teachers_of
 from fleetune.train.batches import MicroBatch
+from fleetune.train.data import Prepared
 from fleetune.train.distributed import World
 from fleetune.train.model import ModelError, load_tokenizer
 from fleetune.train.teacher import (
@@ -30,6 +31,7 @@ from fleetune.train.teacher import (
 )
 
 NAMES = ["negative", "positive"]
+DATA = Prepared({}, NAMES, {"highest_token": 2919})
 ONE = Batch(4, 1, 1, 4)
 ALONE = World(0, 1, 0, torch.device("cpu"))
 IDS = torch.tensor([[101, 2204, 102], [101, 2919, 102]])
@@ -113,7 +115,7 @@ def test_logits_come_in_the_order_of_the_datas_labels(folder: Path, tmp_path: Pa
 
 def test_the_students_own_tokenizer_is_known_from_any_folder(folder: Path) -> None:
     found, config = with_names(folder, NAMES)
-    check_teacher(found, teachers_of(found)[0][1], "teacher", config, load_tokenizer(found), NAMES)
+    check_teacher(found, teachers_of(found)[0][1], "teacher", config, load_tokenizer(found), DATA)
 
 
 def changed(folder: Path, file: str, key: str, old: str, new: str) -> Path:
@@ -140,7 +142,7 @@ def test_another_tokenizer_is_refused_with_what_differs(
     config = load_teacher_config(found, teacher, key, load_tokenizer(found))
     config.architectures = ["BertForSequenceClassification"]
     with pytest.raises(ModelError, match=f"its tokenizer is not the student's: .*{said}"):
-        check_teacher(found, teacher, key, config, load_tokenizer(found), NAMES)
+        check_teacher(found, teacher, key, config, load_tokenizer(found), DATA)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_what_its_config_cannot_do_is_said_before_it_is_loaded(
         setattr(its, name, value)
     refused = contextlib.nullcontext() if said is None else pytest.raises(ModelError, match=said)
     with refused:
-        check_teacher(found, teacher, key, its, tokenizer, NAMES)
+        check_teacher(found, teacher, key, its, tokenizer, DATA)
 
 
 def test_a_teacher_that_was_trained_again_is_another(folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from fleetune.schema import Recipe, sources_of
 from fleetune.train.sources import DataError, load_hub
 
-CACHE_FORMAT = 5  # raise it when the arrays or the cleaning change
+CACHE_FORMAT = 6  # raise it when the arrays or the cleaning change
 
 
 def cache_folder() -> Path:
@@ -53,9 +53,10 @@ def cache_key(recipe: Recipe, tokenizer: Any) -> str:
         recipe.training.seed if recipe.data.validation_fraction else None,
         sorted(tokenizer.model_input_names),
         tokenizer_hash(tokenizer),
+        tokenizer.special_tokens_map,  # which of its tokens ends a text, say
         tokenizer.chat_template if recipe.task == "causal_lm" else None,
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def tokenizer_content(tokenizer: Any) -> Any:
@@ -73,9 +74,13 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process of this machine at a time; the cache is on local disk, where flock holds."""
+def locked(path: Path) -> Iterator[bool]:
+    """One process at a time, and True; False where the file system has no flock, and others may be at it too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        yield True

@@ -20,6 +20,7 @@ A turn whose reasoning the template leaves out is not learnt: it would teach the
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from typing import Any
 from fleetune.train.formats import Conversation
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
+DATE = datetime.datetime(2024, 7, 26)  # what Llama's templates fall back to where they cannot ask for today
 _END_OF_REASONING = "</think>"
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 SHOWN = 600  # characters of a rendering that an error shows
@@ -62,6 +65,16 @@ def _is_file(template: str) -> bool:
     return template.endswith(".jinja") and not re.search(r"[{\n]", template)
 
 
+def template_of(tokenizer: Any, given: str | None, tools: list[Any] | None) -> str:
+    """The one that is given, or the tokenizer's own, with one date for ever in today's place: the rows, and whether a
+    run goes on with those it began with, must not depend on the day."""
+
+    def fixed(found: re.Match[str]) -> str:
+        return json.dumps(DATE.strftime(found["format"]))
+
+    return _TODAY.sub(fixed, tokenizer.get_chat_template(given, tools))
+
+
 def shortened(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2 - 3]} [..] {text[-(SHOWN // 2 - 3) :]}"
 
@@ -88,7 +101,8 @@ class ChatTemplate:
 
     def _apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> Any:
         options = {"tokenize": False} | options
-        return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=self.given, **options)
+        template = template_of(self.tokenizer, self.given, tools)
+        return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, **options)
 
     def text(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import unicodedata
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 from fleetune.schema import is_source
 from fleetune.train.sources import DataError, Ints
 
+NAMES = ("role", "from")  # keys of language data that say whose a text is: no text themselves
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<!--.*?-->", re.DOTALL)
 
 
@@ -68,7 +70,12 @@ def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]
             trained = sorted(
                 (name for name in splits if name.endswith("train")), key=lambda name: (not is_source(name), name)
             )
-            held_out = {texts for name, rows in splits.items() if name not in trained for texts in rows.texts}
+            held_out = {
+                _content(*row)
+                for name, rows in splits.items()
+                if name not in trained
+                for row in zip(rows.texts, rows.labels, strict=True)
+            }
             of_sources: set[tuple[str, ...]] = set()
             for name in trained:
                 seen = of_sources if is_source(name) else set()
@@ -83,6 +90,23 @@ def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]
     return report
 
 
+def _content(texts: tuple[str, ...], label: Any) -> tuple[str, ...]:
+    """What makes a row another's duplicate: its texts, whatever their label; of language data also whose they are, and
+    what is no text."""
+    return (
+        (*texts, json.dumps(_without_texts(label), sort_keys=True, default=str)) if isinstance(label, dict) else texts
+    )
+
+
+def _without_texts(value: Any, name: str = "") -> Any:
+    if isinstance(value, dict):
+        found = {key: _without_texts(inner, key) for key, inner in value.items()}
+        return {key: inner for key, inner in found.items() if inner not in (None, "", [], {})}
+    if isinstance(value, list):
+        return [_without_texts(inner) for inner in value]
+    return value if name in NAMES or not isinstance(value, str) else ""
+
+
 def _kept(
     rows: Rows, step: str, held_out: set[tuple[str, ...]], seen: set[tuple[str, ...]], *, is_labelled: bool
 ) -> list[int]:
@@ -92,8 +116,9 @@ def _kept(
         if step == "drop_empty":
             drop = (is_labelled and rows.labels[i] is None) or not all(text.strip() for text in texts)
         else:
-            drop = texts in (held_out if step == "drop_leaked" else seen)
-            seen.add(texts)
+            content = _content(texts, rows.labels[i])
+            drop = content in (held_out if step == "drop_leaked" else seen)
+            seen.add(content)
         if not drop:
             kept.append(i)
     return kept

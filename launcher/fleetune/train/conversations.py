@@ -240,13 +240,13 @@ def cut(encoded: Encoded, max_length: int, too_long: Literal["cut_right", "cut_l
     return shorter if shorter.learns else None
 
 
-def learns_to_stop(encoded: Encoded, tokenizer: Any) -> bool:
-    """Whether the last token that is learnt is one that can end a generation: the EOS, or another special token."""
+def ending(encoded: Encoded, tokenizer: Any) -> int | None:
+    """The last token that is learnt, where it is one that can end a generation: the EOS, or another special token."""
     last = next(
         token for token, learnt in zip(encoded.input_ids[::-1], encoded.supervised[::-1], strict=True) if learnt
     )
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-    return last == tokenizer.eos_token_id or last in special
+    return last if last == tokenizer.eos_token_id or last in special else None
 
 
 def show(encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
@@ -279,7 +279,7 @@ __all__ = [
     "check_columns",
     "columns_of",
     "cut",
+    "ending",
     "find_format",
-    "learns_to_stop",
     "show",
 ]

@@ -11,6 +11,8 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -30,6 +32,7 @@ from fleetune.train.named_sources import Part, joined, place, spans, training_ro
 from fleetune.train.sources import DataError, Ints, Table, no_column, open_source, row_of, weights_of
 
 DROP_UNLABELLED = "; drop such rows with the cleaning step drop_empty"
+STALE_SECONDS = 24 * 3600.0  # for what a killed process was building, where no lock says whether it still is
 PIECE = 1000  # rows that are tokenised at once: what the tokenizer holds of them goes with their full, uncut length
 
 
@@ -213,15 +216,26 @@ def prepare(recipe: Recipe, tokenizer: Any) -> Prepared:
     """Opens, cleans and tokenises what the recipe names, or takes it from the cache. Raises DataError."""
     folder = cache_folder() / cache_key(recipe, tokenizer)
     if not (folder / "report.json").exists():
-        with locked(folder.with_suffix(".lock")):
+        with locked(folder.with_suffix(".lock")) as alone:
             if not (folder / "report.json").exists():
-                building = folder.with_suffix(".building")
-                shutil.rmtree(building, ignore_errors=True)
-                building.mkdir(parents=True)
-                _build(recipe, tokenizer, building)
-                shutil.rmtree(folder, ignore_errors=True)
-                building.rename(folder)
+                _make(recipe, tokenizer, folder, alone)
     return load_prepared(folder)
+
+
+def _make(recipe: Recipe, tokenizer: Any, folder: Path, alone: bool) -> None:
+    """Builds beside and renames into place; whoever else is at it and was faster has made the same."""
+    for left in folder.parent.glob(f"{folder.name}.*.building"):  # by a kill
+        if alone or time.time() - left.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+    building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".building", dir=folder.parent))
+    try:
+        _build(recipe, tokenizer, building)
+        if not (folder / "report.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def load_prepared(folder: Path) -> Prepared:
@@ -297,6 +311,7 @@ def _build(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
     if data.packing:
         offsets = np.load(folder / "train" / "offsets.npy")
         report["sequences"] = language.packs(np.diff(offsets), data.max_length)
+    report["highest_token"] = max(int(np.load(ids, mmap_mode="r").max()) for ids in folder.glob("*/input_ids.npy"))
     report["content"] = _content(folder)
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 

@@ -90,7 +90,7 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
     from fleetune.train.alignment import Asked, Outputs, run
     from fleetune.train.distributed import World
     from fleetune.train.evaluate import evaluate
-    from fleetune.train.generate import exact_match, generator
+    from fleetune.train.generate import end_tokens, exact_match, generator
     from fleetune.train.head import fuse_head
     from fleetune.train.model import padding_id
     from fleetune.train.trained import load_trained, recipe_and_model
@@ -121,9 +121,10 @@ def evaluate_folder(folder: Path, data: str | None, split: str | None) -> dict[s
     world, padding, wanted = World(0, 1, 0, device), padding_id(tokenizer) or 0, recipe.evaluation.exact_match
     metrics = evaluate(forward, rows, recipe, padding, world, of_domains)
     if wanted is not None:
-        generate = generator(model, padding, tokenizer, device, partitioned=False)
+        generate = generator(model, padding, end_tokens(model, tokenizer, []), device, partitioned=False)
         size = recipe.evaluation.per_device_eval_batch_size
-        metrics["exact_match"] = exact_match(wanted, rows, tokenizer, generate, size, world)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            metrics["exact_match"] = exact_match(wanted, rows, tokenizer, generate, size, world)
     return {"model": str(folder), "data": where, "rows": len(rows), "metrics": metrics}
 
 

@@ -13,17 +13,28 @@ from torch import nn
 from fleetune.schema import ExactMatch, Recipe
 from fleetune.train import signals
 from fleetune.train.batches import evaluation_batches
+from fleetune.train.chat_template import template_of
 from fleetune.train.conversations import NO_TEMPLATE
 from fleetune.train.data import Split
 from fleetune.train.distributed import World, any_rank, sum_over_ranks
+from fleetune.train.model import most_positions
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]  # prompts, new tokens at most -> what follows each
 
 
-def generator(module: Any, pad_token_id: int, tokenizer: Any, device: torch.device, *, partitioned: bool) -> Generate:
-    """Greedily, all at once, padded on the left. A collective on ZeRO-3: each rank goes on until the last is done."""
+def generator(
+    module: Any, pad_token_id: int, ends: list[int] | None, device: torch.device, *, partitioned: bool
+) -> Generate:
+    """Greedily, all at once, padded on the left, until one of `ends` or the model's last position.
+
+    A collective on ZeRO-3: each rank goes on until the last is done.
+    """
+    limit = most_positions(module.config)
 
     def generate(prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        if limit is not None:  # where no place is left for an answer, the beginning makes it
+            prompts = [prompt[-(limit - 1) :] for prompt in prompts]
+            max_new_tokens = min(max_new_tokens, limit - max(map(len, prompts)))
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), pad_token_id)
         mask = torch.zeros_like(ids)
@@ -35,40 +46,48 @@ def generator(module: Any, pad_token_id: int, tokenizer: Any, device: torch.devi
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 max_new_tokens=max_new_tokens,
+                # A chat model's own settings would make it another decoding.
                 do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
                 synced_gpus=partitioned,
                 pad_token_id=pad_token_id,
-                eos_token_id=_ends(module, tokenizer),
+                eos_token_id=ends,
             )
         return [row.tolist() for row in found[:, width:].cpu()]
 
     return generate
 
 
-def _ends(module: nn.Module, tokenizer: Any) -> list[int] | None:
-    """The tokens that end a turn: the model's own, as chat models have several, and the tokenizer's."""
+def end_tokens(module: nn.Module, tokenizer: Any, learnt: list[int]) -> list[int] | None:
+    """Those that end a turn: the model's own, as chat models have several, the tokenizer's, and those that the rows
+    end in that the model has learnt from: a base model's template need not end turns as its tokenizer ends texts."""
     own = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
-    ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *learnt]
     return list(dict.fromkeys(token for token in ends if token is not None)) or None
 
 
-def prompt_tokens(tokenizer: Any, recipe: Recipe, text: str) -> list[int]:
-    """As a user's turn where there is a chat template, and else the text itself, as the model reads it."""
-    template = recipe.data.chat_template or tokenizer.chat_template
-    if recipe.data.format == "text" or template is None or template == NO_TEMPLATE:
+def prompt_tokens(tokenizer: Any, recipe: Recipe, format_: str, text: str) -> list[int]:
+    """As a user's turn where there is a chat template, and else the text itself, as the model reads it; `format_`: of
+    the rows that it learns from."""
+    given = recipe.data.chat_template
+    if format_ == "text" or given == NO_TEMPLATE or (given or tokenizer.chat_template) is None:
         ids = list(tokenizer(text)["input_ids"])
         return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
     turn = [{"role": "user", "content": text}]
+    template = template_of(tokenizer, given, None)
     rendered = tokenizer.apply_chat_template(turn, chat_template=template, add_generation_prompt=True, tokenize=False)
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
-def continued(recipe: Recipe, tokenizer: Any, generate: Generate) -> list[list[str]]:
-    """The recipe's prompts, each with what the model says; on every rank."""
+def continued(recipe: Recipe, tokenizer: Any, format_: str, generate: Generate) -> list[list[str]]:
+    """The recipe's prompts, each with what the model says; on every rank. `format_`: of the training rows."""
     wanted = recipe.evaluation.generate
     if wanted is None:
         return []
-    found = generate([prompt_tokens(tokenizer, recipe, text) for text in wanted.prompts], wanted.max_new_tokens)
+    prompts = [prompt_tokens(tokenizer, recipe, format_, text) for text in wanted.prompts]
+    found = generate(prompts, wanted.max_new_tokens)
     texts = tokenizer.batch_decode(found, skip_special_tokens=True)
     return [[prompt, text] for prompt, text in zip(wanted.prompts, texts, strict=True)]
 

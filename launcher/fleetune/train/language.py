@@ -10,13 +10,12 @@ import numpy as np
 
 from fleetune.data_section import Source
 from fleetune.schema import Recipe
-from fleetune.train.cleaning import Rows
-from fleetune.train.conversations import Encoded, Encoder, cut, learns_to_stop, show
+from fleetune.train.cleaning import NAMES, Rows
+from fleetune.train.conversations import Encoded, Encoder, cut, ending, show
 from fleetune.train.formats import FORMATS, Format, NothingToLearn, columns_of, find_format
 from fleetune.train.packing import pack
 from fleetune.train.sources import DataError, Ints, no_column, open_source, row_of, weights_of
 
-NAMES = ("role", "from")  # keys that say whose a text is: no text themselves
 BINS = 10  # of the lengths' histogram
 
 
@@ -70,6 +69,7 @@ def tokenise(recipe: Recipe, tokenizer: Any, key: str, rows: Rows, folder: Path)
     format_ = data.format or _find_format(recipe, key, rows)
     counts = {"truncated": 0, "too_long": 0, "empty": 0, "supervised": 0, "endless": 0}
     lengths, kept, example = [], [], None
+    ends: set[int] = set()
     with (folder / "input_ids.raw").open("wb") as ids, (folder / "supervised.raw").open("wb") as marks:
         for i, whole in enumerate(_encoded(recipe, tokenizer, format_, key, rows)):
             encoded = None if whole is None else cut(whole, data.max_length, data.too_long)
@@ -78,7 +78,9 @@ def tokenise(recipe: Recipe, tokenizer: Any, key: str, rows: Rows, folder: Path)
                 continue
             example = example or show(encoded, tokenizer)
             counts["truncated"] += len(encoded.input_ids) < len(whole.input_ids)
-            counts["endless"] += not learns_to_stop(whole, tokenizer)
+            end = ending(whole, tokenizer)
+            counts["endless"] += end is None
+            ends |= set() if end is None else {end}
             counts["supervised"] += sum(encoded.supervised)
             np.asarray(encoded.input_ids, dtype=np.int32).tofile(ids)
             np.asarray(encoded.supervised, dtype=np.uint8).tofile(marks)
@@ -91,7 +93,7 @@ def tokenise(recipe: Recipe, tokenizer: Any, key: str, rows: Rows, folder: Path)
             f"{data.too_long!r} leaves. The first row: {str(rows.labels[0])[:600]}"
         )
     _save(folder, rows, kept, np.asarray(lengths, dtype=np.int64))
-    found = {"rows": len(kept), "tokens": sum(lengths), "format": format_, "example": example}
+    found = {"rows": len(kept), "tokens": sum(lengths), "format": format_, "example": example, "ends": sorted(ends)}
     return {**found, **counts, "lengths": _histogram(np.asarray(lengths), data.max_length)}
 
 

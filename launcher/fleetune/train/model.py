@@ -107,6 +107,8 @@ def load_config(recipe: Recipe, label_names: list[str]) -> Any:
             setattr(config, key, value)
         except Exception as error:  # Transformers checks types with an exception of its own
             raise ModelError(f"model.config.{key} = {value!r}: {' '.join(str(error).split())}") from None
+    if recipe.task != "causal_lm" and config.pad_token_id is None:  # by which a decoder finds a row's last token
+        config.pad_token_id = load_tokenizer(recipe).pad_token_id
     if recipe.model.attn_implementation is not None:
         config._attn_implementation = recipe.model.attn_implementation
     check_length(config, recipe.data.max_length, "the model")
@@ -125,11 +127,17 @@ def check_heads(config: Any, size: int) -> None:
 
 def check_length(config: Any, max_length: int, whose: str) -> None:
     """Raises ModelError where rows may be longer than the model has positions for."""
+    limit = most_positions(config)
+    if limit is not None and max_length > limit:
+        raise ModelError(f"data.max_length = {max_length}: {whose} takes at most {limit} tokens")
+
+
+def most_positions(config: Any) -> int | None:
+    """How many tokens a row may have; None where the model does not say."""
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and config.model_type in COUNT_POSITIONS_FROM_PADDING:
         limit -= config.pad_token_id + 1
-    if isinstance(limit, int) and max_length > limit:
-        raise ModelError(f"data.max_length = {max_length}: {whose} takes at most {limit} tokens")
+    return limit if isinstance(limit, int) else None
 
 
 def load(kind: Any, model: Model | Teacher, key: str = "model", **keywords: Any) -> Any:

@@ -14,8 +14,10 @@ from fleetune import runs, sizes
 from fleetune.recipe import dump_recipe
 from fleetune.schema import Recipe, Teacher, sources_of, teachers_of
 from fleetune.train.alignment import PROJECTIONS
+from fleetune.train.conversations import NO_TEMPLATE
 from fleetune.train.data import Prepared
 from fleetune.train.domains import DISCRIMINATORS
+from fleetune.train.generate import end_tokens
 from fleetune.train.lora import has_adapter, save_adapter
 from fleetune.train.teacher_cache import read as read_cache
 
@@ -44,11 +46,24 @@ def write(
         save_adapter(model, kept, beside)
     else:
         model.save_pretrained(beside, state_dict=kept)
+    if recipe.task == "causal_lm":
+        _store_ends(model, end_tokens(model, tokenizer, data.report["ends"]["train"]), beside)
+        given = recipe.data.chat_template
+        if given not in (None, NO_TEMPLATE) and data.report["format"]["train"] != "text":
+            tokenizer.chat_template = given
     tokenizer.save_pretrained(beside)
     (beside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     (beside / "README.md").write_text(card(recipe, data, report), encoding="utf-8")
     shutil.rmtree(run.model, ignore_errors=True)
     beside.rename(run.model)
+
+
+def _store_ends(model: PreTrainedModel, ends: list[int] | None, folder: Path) -> None:
+    """Whoever runs the model stops where it learnt to. Into the file: Transformers refuses to save a config that was
+    changed in one place and is odd in another, as published ones are."""
+    file = folder / "generation_config.json"
+    values = runs.read_json(file) if file.exists() else model.generation_config.to_diff_dict()
+    runs.write_json(file, {**values, "eos_token_id": ends})
 
 
 def card(recipe: Recipe, data: Prepared, report: dict[str, Any]) -> str:

@@ -75,9 +75,7 @@ def prepare_recipe(recipe: Recipe, elsewhere: bool = False) -> dict[str, Any]:
         raise RecipeError(
             f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: its tokenizer has no padding token"
         )
-    rows, needed = recipe.model.resize_embeddings, max(tokenizer.get_vocab().values()) + 1
-    if rows is not None and rows < needed:
-        raise RecipeError(f"model.resize_embeddings = {rows}: the tokenizer needs {needed} rows, one for each token")
+    _check_tokens(recipe, config, tokenizer, prepared)
     try:
         check_quantization(recipe, config)
     except ValueError as error:
@@ -94,6 +92,33 @@ def prepare_recipe(recipe: Recipe, elsewhere: bool = False) -> dict[str, Any]:
             name for name, value in config.to_dict().items() if "drop" in name and isinstance(value, float) and value
         ],
     }
+
+
+def _check_tokens(recipe: Recipe, config: Any, tokenizer: Any, prepared: Prepared) -> None:
+    """Raises RecipeError where the model has no embedding for a token, or pads with another than the tokenizer."""
+    rows, needed = recipe.model.resize_embeddings, max(tokenizer.get_vocab().values()) + 1
+    if rows is not None and rows < needed:
+        raise RecipeError(f"model.resize_embeddings = {rows}: the tokenizer needs {needed} rows, one for each token")
+    # Tokens that occur: a model may lack a row for one that never does (Gemma's for an image).
+    highest = max(prepared.report["highest_token"], tokenizer.pad_token_id or 0)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if rows is None and isinstance(vocabulary, int) and highest >= vocabulary:
+        raise RecipeError(
+            f"model.model_name_or_path = {recipe.model.model_name_or_path!r}: has embeddings for {vocabulary} tokens, "
+            f"and the tokenizer gives number {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}); set "
+            f"model.resize_embeddings to {needed} or more"
+        )
+    if recipe.task == "causal_lm":
+        if recipe.evaluation.exact_match is not None and "text" in prepared.report["format"].values():
+            raise RecipeError(
+                f"evaluation.exact_match.pattern = {recipe.evaluation.exact_match.pattern!r}: needs answers, and the "
+                "rows are plain text"
+            )
+    elif config.pad_token_id != tokenizer.pad_token_id:
+        raise RecipeError(
+            f"model.config.pad_token_id = {config.pad_token_id!r}: the tokenizer pads with {tokenizer.pad_token_id} "
+            f"({tokenizer.pad_token!r}), and the model must know where a row ends: should be {tokenizer.pad_token_id}"
+        )
 
 
 def _reweighted(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
@@ -120,7 +145,7 @@ def _check_teachers(recipe: Recipe, config: Any, layers: int | None, tokenizer: 
             digests.append(check_cache(recipe, teacher, key, data.splits["train"], tokenizer, data.label_names, config))
             continue
         configs.append(load_teacher_config(recipe, teacher, key, tokenizer))
-        check_teacher(recipe, teacher, key, configs[-1], tokenizer, data.label_names)
+        check_teacher(recipe, teacher, key, configs[-1], tokenizer, data)
         check_weight_files(teacher, key)
         if labels_by_number(recipe, configs[-1], data.label_names):
             order = ", ".join(f"{i} = {name}" for i, name in enumerate(data.label_names[:10]))

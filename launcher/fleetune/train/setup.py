@@ -14,7 +14,7 @@ import torch
 from fleetune import runs
 from fleetune.batch import Batch, cut_batch, total_steps
 from fleetune.losses import OF_DOMAINS
-from fleetune.schema import Recipe, hours_between_failures
+from fleetune.schema import Recipe, RecipeError, hours_between_failures
 from fleetune.train import engine, source_weights, zero
 from fleetune.train.alignment import Asked, Outputs, add_projections, asked_by, matches_of, run
 from fleetune.train.batches import (
@@ -28,10 +28,10 @@ from fleetune.train.batches import (
     with_target,
 )
 from fleetune.train.data import Prepared, Split, prepare
-from fleetune.train.distributed import World
+from fleetune.train.distributed import World, gather_objects
 from fleetune.train.domains import add_domain_heads
 from fleetune.train.evaluate import evaluate
-from fleetune.train.generate import continued, exact_match, generator
+from fleetune.train.generate import continued, end_tokens, exact_match, generator
 from fleetune.train.head import check_head, has_fused_head
 from fleetune.train.model import build_model, load_tokenizer, padding_id
 from fleetune.train.objectives import build_penalties, build_terms
@@ -110,14 +110,13 @@ class Setup:
 
     def continued(self) -> list[list[str]]:
         """The recipe's prompts with what the model says; a collective on ZeRO-3."""
-        return continued(self.recipe, self.tokenizer, self.generate)
+        return continued(self.recipe, self.tokenizer, self.data.report["format"]["train"], self.generate)
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         self.engine.module.eval()
         partitioned = self.recipe.deepspeed.zero_stage == 3 and self.world.world_size > 1
-        generate = generator(
-            self.engine.module, self.padding_id, self.tokenizer, self.world.device, partitioned=partitioned
-        )
+        ends = end_tokens(self.engine.module, self.tokenizer, self.data.report["ends"]["train"])
+        generate = generator(self.engine.module, self.padding_id, ends, self.world.device, partitioned=partitioned)
         with self._precision():
             return generate(prompts, max_new_tokens)
 
@@ -126,6 +125,17 @@ class Setup:
         found = padding_id(self.tokenizer)
         assert found is not None
         return found
+
+
+def _check_alike(data: Prepared, world: World) -> None:
+    """Every node prepares its data itself. Raises RecipeError, on every rank, where what they have differs."""
+    found = gather_objects(data.report["content"], world)
+    others = [rank for rank, content in enumerate(found) if content != found[0]]
+    if others:
+        raise RecipeError(
+            f"data: rank {others[0]} has read other data than rank 0 (and {len(others) - 1} ranks more): a file that "
+            "stands on each node's own disk is not the same everywhere"
+        )
 
 
 def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Setup:
@@ -137,6 +147,7 @@ def set_up(run: runs.Run, world: World, dtype: torch.dtype | None = None) -> Set
     batch = cut_batch(recipe.training, world.world_size)
     tokenizer = load_tokenizer(recipe)
     data = prepare(recipe, tokenizer)
+    _check_alike(data, world)
     if recipe.reweight is not None:
         data = source_weights.weighted(recipe, data, run, world)
     config = engine.deepspeed_config(recipe, batch)

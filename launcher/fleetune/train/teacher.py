@@ -20,8 +20,9 @@ from fleetune.train import zero
 from fleetune.train.alignment import Asked, Outputs, asked_by, run
 from fleetune.train.batches import MicroBatch
 from fleetune.train.cache import tokenizer_content
+from fleetune.train.data import Prepared
 from fleetune.train.distributed import World
-from fleetune.train.head import fuse_head
+from fleetune.train.head import check_head, fuse_head, has_fused_head
 from fleetune.train.model import ModelError, auto_model, check_length, load, model_location
 from fleetune.train.teacher_cache import CachedTeacher, open_cache
 from fleetune.train.token_cache import CachedTokens
@@ -78,6 +79,8 @@ def load_teacher(
     config = load_teacher_config(recipe, teacher, key, tokenizer)
     columns = label_columns(recipe, config, label_names, key)
     model, engine, inputs = _placed(recipe, teacher, key, config, dtype or dtype_of(recipe, teacher), batch, world)
+    if has_fused_head(model):
+        check_head(engine, recipe, config, world.device)
     return LoadedTeacher(
         config,
         1.0,
@@ -173,7 +176,7 @@ def shared_vocabulary(student: Any, teachers: list[LoadedTeacher | CachedTeacher
 # ---------------------------------------------------------------- whether it fits the student
 
 
-def check_teacher(recipe: Recipe, teacher: Teacher, key: str, config: Any, tokenizer: Any, labels: list[str]) -> None:
+def check_teacher(recipe: Recipe, teacher: Teacher, key: str, config: Any, tokenizer: Any, data: Prepared) -> None:
     """Raises ModelError for a teacher of other tokens or labels than the student's, or of another kind."""
     from transformers import AutoTokenizer
 
@@ -182,16 +185,16 @@ def check_teacher(recipe: Recipe, teacher: Teacher, key: str, config: Any, token
     language = recipe.task == "causal_lm"
     if language and not kind.endswith(("ForCausalLM", "LMHeadModel")):
         raise ModelError(f"{named}: is no language model ({kind})")
-    needed = max(tokenizer.get_vocab().values()) + 1
-    if language and config.vocab_size < needed:
-        raise ModelError(f"{named}: its head has {config.vocab_size} rows, and the student's tokenizer {needed} tokens")
+    highest = data.report["highest_token"]
+    if language and config.vocab_size <= highest:
+        raise ModelError(f"{named}: its head has {config.vocab_size} rows, and the student's tokens go up to {highest}")
     distils = any(isinstance(loss, Distillation) for loss in recipe.losses)
     if distils and not language and not kind.endswith("ForSequenceClassification"):
         raise ModelError(
             f"{named}: is no classifier ({kind}): its soft targets would be drawn at random; fine-tune it first, or "
             "learn from its layers alone (hidden_states, embedding, attention)"
         )
-    label_columns(recipe, config, labels, key)
+    label_columns(recipe, config, data.label_names, key)
     check_length(config, recipe.data.max_length, f"the teacher ({key})")
     own = load(AutoTokenizer, teacher, key)
     types = "token_type_ids"

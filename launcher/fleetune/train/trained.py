@@ -35,7 +35,7 @@ def load_trained(recipe: Recipe, path: Path, dtype: torch.dtype | None = None, *
 
     Raises RecipeError where it cannot be loaded, and for an adapter where what it stands on cannot be.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
     try:
         if not is_adapter(path):
@@ -50,6 +50,8 @@ def load_trained(recipe: Recipe, path: Path, dtype: torch.dtype | None = None, *
         own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         model = build_model(bare, names, dtype or own, {"zero_optimization": {"stage": 0}})
         load_adapter(model, path)
+        if (path / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(path)
     except ModelError as error:
         raise RecipeError(str(error)) from error
     except (OSError, ValueError, KeyError, ImportError) as error:
