@@ -3,7 +3,8 @@
     python kernels/benchmarks/tune.py [--only cross_entropy] [--rounds 20]
 
 For each kernel every candidate is put into the table in turn and the op is timed on its case of `run.py --device cuda`;
-settings that spill are left out. Nothing is tuned while training runs: the lines go into the table by hand.
+settings that spill are left out. Nothing is tuned while training runs: the lines go into the table by hand. Of
+`cross_entropy_options` and `scale`, which no case launches, there is no search.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from fleetune_kernels.arguments import checked
+from fleetune_kernels.backends import integers
 
 
 class Stats(NamedTuple):
@@ -221,7 +222,10 @@ def topk_distillation_loss(
     logits = capped(_cut(functional.linear(hidden_states, lm_head_weight, bias), vocab_size), softcap, logit_scale)
     student = torch.log_softmax(logits / temperature, dim=-1)
     log_probs = teacher_log_probs.detach().to(student.dtype)
-    filled = log_probs > -math.inf
+    if mask is None and labels is not None:
+        mask = labels != ignore_index
+    filled = log_probs != -math.inf  # a nan is no empty place: it makes the loss nan
+    filled = filled if mask is None else filled & mask.unsqueeze(-1)
     shares = (log_probs.exp() if teacher_weights is None else teacher_weights.to(student.dtype)).masked_fill(~filled, 0)
     at_ids = student.gather(-1, teacher_ids.long())
     losses = torch.where(filled, shares * (log_probs.masked_fill(~filled, 0) - at_ids), 0).sum(-1)
@@ -232,8 +236,6 @@ def topk_distillation_loss(
         elsewhere = student.sum(-1) - at_ids.masked_fill(~filled, 0).sum(-1)
         losses = losses + torch.where(others > 0, torch.xlogy(rest, share) - share * elsewhere, 0)
     losses = temperature**2 * losses
-    if mask is None and labels is not None:
-        mask = labels != ignore_index
     if mask is not None:
         losses = losses.masked_fill(~mask, 0.0)
     divisor = supervised_rows(losses, mask, token_weights)
@@ -266,6 +268,7 @@ def supervised_weight(
         token_weights: (...), the weight of each row.
         ignore_index: the label of a row that has none.
     """
+    labels = integers("labels", labels)
     kept = labels != ignore_index
     total = kept.double()
     if token_weights is not None:

@@ -25,7 +25,8 @@ def softmaxes(
 
         d/dx_c = of_tempered softmax(x / temperature)_c + of_plain softmax(x)_c - background
 
-    and 0 in rows whose factors are all 0. What is not asked for is 0.
+    and 0 in rows whose factors are all 0. The figures at temperature 1 and of the sum are of use where `of_plain` and
+    `background` are given.
     """
     if backend == "triton":
         from fleetune_kernels.triton.softmaxes import softmaxes as softmaxes_on_gpu

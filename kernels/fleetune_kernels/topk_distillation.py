@@ -267,7 +267,7 @@ def _target(
     mask: torch.Tensor,  # (r,)
     options: Options,
 ) -> Target:
-    filled = (log_probs > -torch.inf) & mask.unsqueeze(1)
+    filled = (log_probs != -torch.inf) & mask.unsqueeze(1)  # a nan is no empty place: it makes the loss nan
     log_probs = log_probs.masked_fill(~filled, 0.0)
     shares = (log_probs.exp() if weights is None else weights.to(log_probs.dtype)).masked_fill(~filled, 0.0)
     outside = (ids < 0) | (ids >= options.vocab_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -53,6 +54,20 @@ def test_mmd_is_as_exact_as_eager(
         source=features(n, dimension, dtype),
         target=features(m, dimension, dtype, seed=1),
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_feature_that_is_no_number_makes_the_loss_none(bad: float, backend: str) -> None:
+    """Such that a training run stops: it is not the 0 of two sides that do not differ."""
+    source, target = features(9, 8, torch.float32).detach(), features(7, 8, torch.float32, seed=1).detach()
+    source[3, 2] = bad
+    probabilities = torch.full((7, 3), 1 / 3, device=DEVICE)
+    labels = torch.arange(9, device=DEVICE) % 3
+    assert mmd(source, target, backend=backend).isnan()
+    assert mmd(source, target, backend=backend, bandwidth=2.0, estimator="unbiased").isnan()
+    assert jmmd([source, target[:1].expand(9, 8)], [target, target], backend=backend).isnan()
+    assert lmmd(source, target, labels, probabilities, backend=backend).isnan()
 
 
 @pytest.mark.gpu

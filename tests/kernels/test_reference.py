@@ -50,6 +50,7 @@ def test_another_label_may_be_ignored() -> None:
     expected = functional.cross_entropy(logits, labels, ignore_index=2)
     torch.testing.assert_close(cross_entropy(logits, labels, ignore_index=2), expected)
     assert supervised_weight(labels, ignore_index=2) == (labels != 2).sum()
+    assert supervised_weight(torch.tensor([3, 156, 7], dtype=torch.uint8)) == 3  # -100 does not wrap round to 156
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (2, 3, 4), (0,)])

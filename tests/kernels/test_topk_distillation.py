@@ -237,6 +237,18 @@ def test_nothing_supervised_is_zero(tail: str, backend: str) -> None:
     assert not any(tensor.any() for tensor in found.values())  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_teacher_that_is_no_number_makes_the_loss_none(
+    tail: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topk_distillation, "check_values", lambda *_: None)  # as on a GPU, which is not looked at
+    tensors = example(6, 61, 5, tail)
+    tensors["teacher_log_probs"][3] = math.nan
+    tensors["labels"][3] = 1  # a row that counts
+    assert computed(tensors, torch.float32, backend=backend)["loss"].isnan()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tail", TAILS)
 def test_extreme_logits_stay_finite(tail: str, backend: str) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import recipe_values, write_model
+from tiny import recipe_values, write_language_model, write_model
 
 from fleetune.batch import Batch
-from fleetune.schema import Recipe, teachers_of
+from fleetune.schema import Recipe, RecipeError, teachers_of
+from fleetune.train import head
 from fleetune.train.batches import MicroBatch
 from fleetune.train.data import Prepared
 from fleetune.train.distributed import World
@@ -224,3 +225,43 @@ def test_a_run_of_fleetune_is_its_model_and_one_without_is_refused(folder: Path,
         loaded(folder, model_name_or_path=str(run))
     (run / "model").symlink_to(folder / "teacher")
     torch.testing.assert_close(loaded(folder, model_name_or_path=str(run))(ROWS).logits, loaded(folder)(ROWS).logits)
+
+
+# ---------------------------------------------------------------- of language models
+
+
+def taught_by(folder: Path, *names: str, **loss: Any) -> Recipe:
+    """Granites, which divide their logits, each by a number of its own."""
+    for name, scaling in (("one", 2.0), ("other", 4.0)):
+        write_language_model(folder / name, family="granite", logits_scaling=scaling)
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "task": "causal_lm",
+            "model": {"model_name_or_path": str(folder / "one")},
+            "data": {"train": {"path": "none"}},
+            "losses": [{"kind": "distillation", **loss}],
+            "teachers": [{"model_name_or_path": str(folder / name)} for name in names],
+        }
+    )
+
+
+def test_teachers_whose_families_scale_logits_differently_cannot_mix_their_targets(tmp_path: Path) -> None:
+    mixed = taught_by(tmp_path, "one", "other")
+    with pytest.raises(ModelError, match=r"^teachers: .* combine: losses, or kernels: reference$"):
+        load_teachers(mixed, [], load_tokenizer(mixed), ONE, ALONE)
+    for allowed in (
+        taught_by(tmp_path, "one", "one"),
+        taught_by(tmp_path, "one", "other", combine="losses"),
+        mixed.model_copy(update={"kernels": "reference"}),
+    ):
+        assert len(load_teachers(allowed, [], load_tokenizer(allowed), ONE, ALONE)) == 2
+
+
+def test_a_teacher_whose_logits_are_made_in_a_way_of_its_own_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "logit_terms", lambda config: (1.0, None))  # as of a family that is not known
+    found = taught_by(tmp_path, "one")
+    with pytest.raises(RecipeError, match="a granite model makes its logits in a way of its own"):
+        load_teachers(found, [], load_tokenizer(found), ONE, ALONE)

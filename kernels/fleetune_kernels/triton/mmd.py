@@ -44,9 +44,13 @@ def _gaussians(exponents, FACTOR: tl.constexpr, NUM_KERNELS: tl.constexpr):
 
 @triton.jit
 def _exponents(products, row_norms, column_norms, scale, columns, diagonal):
-    """-c d² in powers of 2, never positive, and exactly 0 between a row and itself."""
+    """-c d² in powers of 2, never positive, and exactly 0 between a row and itself.
+
+    Not by tl.minimum, which on a GPU takes the 0 of a nan and a 0: a nan must stay one, and end a training run.
+    """
     exponents = scale * (2.0 * products - row_norms[:, None] - column_norms[None, :])
-    return tl.where(columns[None, :] == diagonal[:, None], 0.0, tl.minimum(exponents, 0.0))
+    is_zero = (columns[None, :] == diagonal[:, None]) | (exponents > 0.0)
+    return tl.where(is_zero, 0.0, exponents)
 
 
 @triton.jit

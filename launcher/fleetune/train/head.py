@@ -41,7 +41,7 @@ def fuse_head(model: Any) -> None:
     """Gives the language model's forward pass `compute`: (its head, its decoder's outputs) -> what it returns."""
     head, plain = trained_whole(model.get_output_embeddings()), model.forward
     plain_head = head.forward
-    scale, softcap = _logit_terms(model.config)
+    scale, softcap = logit_terms(model.config)
 
     def at_head(hidden_states: torch.Tensor, compute: Callable[[Head], Any] | None = None) -> Any:
         if compute is None:
@@ -63,7 +63,7 @@ def has_fused_head(module: nn.Module) -> bool:
     return bool(getattr(module, "has_fused_head", False))
 
 
-def _logit_terms(config: Any) -> tuple[float, float | None]:
+def logit_terms(config: Any) -> tuple[float, float | None]:
     """What the families do to a head's output: Cohere multiplies, Granite divides, Gemma caps."""
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)

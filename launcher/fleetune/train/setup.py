@@ -110,6 +110,8 @@ class Setup:
 
     def continued(self) -> list[list[str]]:
         """The recipe's prompts with what the model says; a collective on ZeRO-3."""
+        if self.recipe.task != "causal_lm":
+            return []
         return continued(self.recipe, self.tokenizer, self.data.report["format"]["train"], self.generate)
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:

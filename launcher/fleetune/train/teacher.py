@@ -22,7 +22,7 @@ from fleetune.train.batches import MicroBatch
 from fleetune.train.cache import tokenizer_content
 from fleetune.train.data import Prepared
 from fleetune.train.distributed import World
-from fleetune.train.head import check_head, fuse_head, has_fused_head
+from fleetune.train.head import check_head, fuse_head, has_fused_head, logit_terms
 from fleetune.train.model import ModelError, auto_model, check_length, load, model_location
 from fleetune.train.teacher_cache import CachedTeacher, open_cache
 from fleetune.train.token_cache import CachedTokens
@@ -62,6 +62,13 @@ def load_teachers(
             continue
         loaded = load_teacher(recipe, teacher, key, label_names, tokenizer, batch, world, dtype)
         found.append(dataclasses.replace(loaded, weight=teacher.weight / total))
+    fused = [teacher for teacher in found if isinstance(teacher, LoadedTeacher) and has_fused_head(teacher.module)]
+    mixed = any(isinstance(loss, Distillation) and loss.combine == "targets" for loss in recipe.losses)
+    if mixed and len({logit_terms(teacher.config) for teacher in fused}) > 1:
+        raise ModelError(
+            "teachers: their families scale or cap logits in different ways, and the kernel that mixes their targets "
+            "takes one for all; combine: losses, or kernels: reference"
+        )
     return found
 
 
