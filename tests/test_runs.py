@@ -10,7 +10,9 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,13 @@ import pytest
 
 from fleetune import opening, runs
 from fleetune.attempts import end_attempt, start_attempt
+from fleetune.cluster import slurm
+from fleetune.cluster.profile import Profile
+from fleetune.cluster.submit import standing
+from fleetune.cluster.why import why
 from fleetune.opening import open_run
 from fleetune.recipe import dump_recipe, parse_recipe
+from fleetune.report import no_run
 from fleetune.runs import Run, lease
 from fleetune.schema import Recipe, RecipeError
 
@@ -287,6 +294,47 @@ def test_other_data_and_fewer_steps_than_are_done_are_refused(tmp_path: Path) ->
     with pytest.raises(RecipeError, match=r"the recipe comes to 7 steps, and .* has done 8"):
         open_run(recipe(tmp_path, training__max_steps=7), LAYOUT, data="one", steps=7)
     assert open_run(recipe(tmp_path, training__max_steps=8), LAYOUT, data="one", steps=8).path == run.path
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that everybody may enter, with a run of root's in it; the test runs as another user."""
+    if os.getuid() != 0:
+        pytest.skip("becoming another user needs root")
+    monkeypatch.setattr(slurm, "require", lambda: None)
+    folder = Path(tempfile.mkdtemp(prefix="fleetune-tests-"))
+    folder.chmod(0o755)
+    open_run(recipe(folder), LAYOUT)
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield folder
+    finally:
+        os.setresuid(0, 0, 0)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda folder: open_run(recipe(folder), LAYOUT),
+        lambda folder: standing(recipe(folder), Profile(time="4h")),
+        lambda folder: why(Run(folder / "runs" / "tiny")),
+    ],
+    ids=["run", "submit", "why"],
+)
+def test_a_run_of_another_user_is_refused_though_nobody_else_may_look_into_it(
+    look: Callable[[Path], object], foreign: Path
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        look(foreign)
+    run = foreign / "runs" / "tiny"
+    assert str(caught.value) == f"{run}: belongs to another user; what stands in it is not opened"
+
+
+def test_a_folder_that_may_not_be_looked_into_is_no_run_to_be_shown(foreign: Path) -> None:
+    run = foreign / "runs" / "tiny"
+    assert no_run(run) == f"{run}: belongs to another user; what stands in it is not opened"
+    assert no_run(foreign) == f"{foreign}: is no run folder (it has no run.json)"
 
 
 def test_fresh_takes_the_next_free_name(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fleetune.runs import (
 )
 from fleetune.schema import Recipe, RecipeError
 
+ANOTHER_USERS = "belongs to another user; what stands in it is not opened"
 MAY_CHANGE = (
     "output_dir",  # the folder was found by it; it may have moved
     "training.num_train_epochs",
@@ -63,6 +64,7 @@ def open_run(
     if fresh:
         recipe = recipe.model_copy(update={"name": free_name(recipe)})
     run = Run(Path(recipe.output_dir) / recipe.name)
+    refuse_another_user(run)
     is_there = (run.path / "run.json").exists()
     is_queued = (run.path / "job.json").exists() if is_queued is None else is_queued
     goes_on = is_there and (is_queued or _has_trained(run))
@@ -140,12 +142,23 @@ def _refuse_fewer_steps(run: Run, steps: int | None) -> None:
         )
 
 
+def refuse_another_user(run: Run) -> None:
+    """Raises RecipeError where the run's folder is another user's. Before any look into it, which may be forbidden."""
+    try:
+        owner = run.path.stat().st_uid
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of what is no path at all
+        return
+    except OSError as error:
+        raise RecipeError(f"output_dir/name = {str(run.path)!r}: cannot be read: {error.strerror}") from None
+    if owner != os.getuid():
+        raise RecipeError(f"{run.path}: {ANOTHER_USERS}")
+
+
 def refuse_another_recipe(
     run: Run, recipe: Recipe, layout: dict[str, int], data: str | None = None, is_queued: bool = False
 ) -> None:
     """Raises RecipeError with the differences where the run that is there is of another recipe, or another user's."""
-    if run.path.stat().st_uid != os.getuid():
-        raise RecipeError(f"{run.path}: belongs to another user; what stands in it is not opened")
+    refuse_another_user(run)
     changed = (
         differences(run.recipe(), as_it_began(recipe, run)) if run.recipe_file.exists() else []
     )  # killed before it was written

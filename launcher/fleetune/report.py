@@ -17,6 +17,7 @@ from rich.text import Text
 from fleetune import runs
 from fleetune.attempts import last_step
 from fleetune.ledger import ledger_of
+from fleetune.opening import ANOTHER_USERS
 
 if TYPE_CHECKING:
     from fleetune.cluster.doctor_slurm import Row
@@ -109,8 +110,14 @@ def statuses(folders: list[Path], jobs: dict[Path, Job]) -> Table:
 
 
 def no_run(folder: Path) -> str | None:
-    """Why a folder is no run; None where it is one."""
-    return None if (folder / "run.json").exists() else f"{folder}: is no run folder (it has no run.json)"
+    """Why a folder is no run that can be looked at; None where it is one."""
+    try:
+        (folder / "run.json").stat()
+    except PermissionError:
+        return f"{folder}: {ANOTHER_USERS}"
+    except OSError:
+        return f"{folder}: is no run folder (it has no run.json)"
+    return None
 
 
 def _status(run: runs.Run, job: Job | None) -> list[str]:

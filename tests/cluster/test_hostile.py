@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_no_value_is_executed_and_each_is_refused_or_passed_on(
     text = text_of(tmp_path, profile_with(tmp_path, variable))
     program = setup_of(text) + '\nprintf "%s\\n%s" "$HOSTILE" "$TRITON_CACHE_DIR"'
     said = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True).stdout
-    assert said == f"{hostile}\n/{hostile}/triton"
+    assert said == f"{hostile}\n/{hostile}/fleetune-{os.getuid()}/triton"
     assert not canary.exists()
 
 

@@ -99,6 +99,10 @@ FAULTS = {
         {"extra": {"part": "hi"}},
         "extra.part = 'hi': is set by Fleetune; in its place: partition",
     ),
+    "another cluster": (
+        {"extra": {"clusters": "other"}},
+        "extra.clusters = 'other': is set by Fleetune; in its place: nothing: send from that cluster's login node, or",
+    ),
     "no option": ({"extra": {"mail type": "END"}}, "extra.mail type = 'END': should be the name of an sbatch"),
     "an option switched off": ({"extra": {"exclusive": False}}, "extra.exclusive = false: should be text, a whole"),
     "a line in an option": ({"extra": {"mail-user": "a\nb"}}, "extra.mail-user = 'a\\nb': has a line break"),

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from fleetune import runs
 from fleetune.attempts import end_attempt, start_attempt
 from fleetune.cli import app
-from fleetune.cluster import slurm
+from fleetune.cluster import site, slurm
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,60 @@ def test_how_a_start_was_lost_is_told_where_the_attempts_do_not_say_it_yet(
     waits = slurm.Job("7", "PENDING", "Resources", "", "x")
     assert slurm._how_it_was_lost(tmp_path, waits, earlier) == lost
     assert slurm._how_it_was_lost(tmp_path, slurm.Job("7", "RUNNING", "None", "node1", "x"), earlier) == ""
+
+
+@pytest.mark.parametrize(
+    ("short", "hosts"),
+    [
+        ("", []),
+        ("node7", ["node7"]),
+        ("node[1-3]", ["node1", "node2", "node3"]),
+        ("node[08-10,7],gpu-a[1-2]b", ["node08", "node09", "node10", "node7", "gpu-a1b", "gpu-a2b"]),
+        ("login,rack[1-2]n[01-02]", ["login", "rack1n01", "rack1n02", "rack2n01", "rack2n02"]),
+    ],
+)
+def test_the_short_form_of_hosts_is_read_where_there_is_no_scontrol(
+    short: str, hosts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As inside a container."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert slurm.hosts(short) == hosts
+
+
+@pytest.mark.parametrize("short", ["node[1-3]", "node[08-10,7],gpu-a1b", "login,rack[1-2]n[01-02]", "n[098-102]"])
+def test_the_short_form_of_hosts_is_read_as_scontrol_reads_it(short: str, cluster: DevCluster) -> None:
+    assert slurm.hosts(short) == cluster.slurm("scontrol", "show", "hostnames", short).split()
+
+
+def test_the_queue_is_this_users_whatever_the_environment_says(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send("one", extra={"hold": True})
+    id_ = slurm.job_of(tmp_path / "runs" / "one")
+    wishes = {"SQUEUE_PARTITION": "hi", "SQUEUE_NAMES": "x", "SCANCEL_PARTITION": "hi", "SINFO_PARTITION": "hi"}
+    for name, value in ({"LOGNAME": "nobody", "USER": "nobody", "SACCT_FEDERATION": "1"} | wishes).items():
+        monkeypatch.setenv(name, value)
+    assert slurm.queue()[id_].state == "PENDING"
+    assert list(site.ask(associations=False).partitions) == ["main", "hi"]
+    assert {nodes.partition for nodes in site.ask(associations=False).nodes} == {"main", "hi"}
+    assert slurm.end(id_, at_once=True) == "PENDING"
+    assert cluster.job(id_)["JobState"] == "CANCELLED"
+
+
+def test_every_command_asks_the_cluster_that_is_exported(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CLUSTERS", "devcluster")
+    assert send("one", extra={"hold": True}).exit_code == 0
+    id_ = slurm.job_of(tmp_path / "runs" / "one")
+    assert slurm.queue()[id_].state == "PENDING"
+    assert eventually(lambda: id_ in (slurm.accounted(ids=[id_]) or {}), 20)
+    assert slurm.end(id_, at_once=True) == "PENDING"
+    monkeypatch.setenv("SLURM_CLUSTERS", "elsewhere")
+    for ask in (slurm.queue, lambda: slurm.requeue(id_), lambda: slurm.command("scancel", id_)):
+        with pytest.raises(slurm.SlurmFailed):
+            ask()
+    assert not slurm.accounted(ids=[id_])
 
 
 ROWS = {

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from devcluster import DevCluster, eventually
 from tiny import recipe_values
@@ -15,8 +18,11 @@ from typer.testing import CliRunner, Result
 
 from fleetune import runs
 from fleetune.cli import app
-from fleetune.cluster.profile import Profile
-from fleetune.cluster.submit import awaited, with_failures
+from fleetune.cluster import slurm
+from fleetune.cluster.local import Layout
+from fleetune.cluster.profile import Profile, load_profile
+from fleetune.cluster.submit import _alone, _is_refusal, _send, attached, awaited, with_failures
+from fleetune.recipe import load_recipe
 from fleetune.schema import Recipe
 
 PROFILE = Profile(time="4h", nodes=16, failures_per_node_day=0.0065)
@@ -142,6 +148,126 @@ def test_a_requeued_job_is_still_waited_for(cluster: DevCluster, send: Callable[
     assert eventually(lambda: cluster.job(first)["Reason"] == "BeginTime", 60)
     assert cluster.job(second)["Reason"] == "Dependency"
     assert not (tmp_path / "runs" / "first" / "attempts.jsonl").exists()  # its setup did not fail: Slurm ended it
+
+
+# ---------------------------------------------------------------- sent once, and as it is meant
+
+
+def stand_in(folder: Path, name: str, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that goes before one of Slurm's commands."""
+    (folder / name).write_text(f"#!/bin/sh\n{lines}\n", encoding="utf-8")
+    (folder / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_what_sbatch_refuses_is_said_where_there_is_no_accounting(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(tmp_path, "sacct", "echo accounting storage is disabled >&2; exit 1", monkeypatch)
+    refused = send("one", extra={"nodelist": "node9"})
+    assert refused.exit_code == 2
+    assert "the run was not sent; " in refused.stderr
+    assert "Invalid node name" in refused.stderr
+    assert not (tmp_path / "runs" / "one").exists()
+    assert send("one", **HELD).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ("sbatch: error: Batch job submission failed: Invalid qos specification", True),
+        ("sbatch: error: contact support@site\nsbatch: error: Batch job submission failed: Unspecified error", True),
+        ("sbatch: unrecognized option '--nodez=3'\nTry \"sbatch --help\" for more information", True),
+        ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", False),
+        ("sbatch: error: Batch job submission failed: Zero Bytes were transmitted or received", False),
+        ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)", False),
+        ("sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying", False),
+        ("Could not make sense of sbatch output", False),
+        ("", False),  # it was killed
+    ],
+)
+def test_only_where_sbatch_itself_says_why_the_job_is_not_looked_for_in_the_accounting(
+    said: str, refused: bool
+) -> None:
+    assert _is_refusal(RuntimeError(said)) is refused
+
+
+def test_a_job_that_a_slow_controller_has_taken_is_found_though_sbatch_gave_up(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gives_up = 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1'
+    stand_in(tmp_path, "sbatch", f'/usr/bin/env PATH="${{PATH#*:}}" sbatch "$@"; {gives_up}', monkeypatch)
+    sent = send("one", **HELD)
+    assert sent.exit_code == 0, sent.stderr
+    assert cluster.job(job_of(tmp_path / "runs" / "one"))["JobState"] == "PENDING"
+
+
+def test_what_is_sent_from_within_a_job_has_nothing_of_that_job(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_a_job = {"SLURM_MEM_PER_CPU": "4096", "SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "x"}
+    of_a_job |= {"SRUN_DEBUG": "3", "SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_PREEMPT_SIGNAL": "USR1"}
+    for name, value in of_a_job.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_CLUSTERS", "devcluster")
+    seen = tmp_path / "seen"
+    stand_in(tmp_path, "sbatch", f'env >> {seen}; exec /usr/bin/env PATH="${{PATH#*:}}" sbatch "$@"', monkeypatch)
+    for words in (("--dry-run",), ()):
+        assert send("one", *words, **HELD).exit_code == 0
+        names = {line.partition("=")[0] for line in seen.read_text(encoding="utf-8").splitlines()}
+        assert not names & of_a_job.keys()
+        assert {"SLURM_CONF", "SLURM_CLUSTERS", "PATH"} <= names
+        seen.unlink()
+    assert of_a_job.items() <= os.environ.items()
+
+
+def test_of_two_that_send_a_run_at_the_same_moment_one_finds_the_others_job(
+    cluster: DevCluster, send: Callable[..., Result], tmp_path: Path
+) -> None:
+    send("one", "--dry-run", **HELD)  # writes the recipe and the profile
+    run, recipe_file, profile_file = tmp_path / "runs" / "one", tmp_path / "one.yaml", tmp_path / "profile.yaml"
+
+    def waits() -> bool:
+        return any(Path(file.path).name == ".one.sending" for file in psutil.Process(other.pid).open_files())
+
+    with _alone(runs.Run(run)):
+        other = subprocess.Popen(
+            [sys.executable, "-m", "fleetune.cli", "submit", str(recipe_file), "--cluster", str(profile_file)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert eventually(waits, 60)
+        sent = _send(load_recipe(recipe_file), load_profile(profile_file), Layout(1, 1, 1), None, None)
+    output, _ = other.communicate(timeout=60)
+    assert other.returncode == 0
+    assert f"job {sent.job}, pending already" in output
+    assert len(cluster.slurm("squeue", "--noheader").splitlines()) == 1
+    assert sorted(path.name for path in run.parent.iterdir()) == ["one"]
+
+
+def completing(states: list[str], path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The run's job is in these states, look by look, and then gone; what was slept meanwhile."""
+    runs.write_json(path / "job.json", {"id": "7", "token": "x"})
+    left = iter(states)
+
+    def queue() -> dict[str, slurm.Job]:
+        return {} if (state := next(left, None)) is None else {"7": slurm.Job("7", state, "", "", "x")}
+
+    slept = list[str]()
+    monkeypatch.setattr(slurm, "queue", queue)
+    monkeypatch.setattr(time, "sleep", lambda seconds: slept.append(str(seconds)))
+    return slept
+
+
+def test_a_job_that_is_only_ending_is_waited_for_until_it_is_gone_or_back_in_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    completing(["COMPLETING", "COMPLETING"], tmp_path, monkeypatch)
+    assert attached(runs.Run(tmp_path)) is None
+    completing(["COMPLETING", "PENDING"], tmp_path, monkeypatch)
+    assert getattr(attached(runs.Run(tmp_path)), "state", "") == "PENDING"
+    slept = completing(["COMPLETING"] * 100, tmp_path, monkeypatch)  # a node that does not answer
+    assert getattr(attached(runs.Run(tmp_path)), "state", "") == "COMPLETING"
+    assert len(slept) == slurm.LOOKS
 
 
 ANOTHER = ("training.learning_rate=0.5",)

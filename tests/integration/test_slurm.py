@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -121,6 +122,36 @@ def test_a_run_on_the_cluster_is_the_run_on_this_machine_whatever_is_edited_afte
     same_in_the_end(run, on_this_machine)
     assert f"{STEPS}/{STEPS}" in fleetune(devcluster, "status", str(run.path))
     assert "done" in fleetune(devcluster, "logs", str(run.path))
+
+
+# As apptainer does, so much of it as matters here: the command runs where there is none of Slurm's.
+APPTAINER = """#!/bin/sh
+while [ "$1" != image.sif ]; do shift; done
+shift
+PATH=/nowhere exec "$@"
+"""
+
+
+def test_a_run_is_trained_in_a_container_that_has_none_of_slurms_commands(devcluster: DevCluster, folder: Path) -> None:
+    (folder / "bin").mkdir()
+    (folder / "bin" / "apptainer").write_text(APPTAINER, encoding="utf-8")
+    (folder / "bin" / "apptainer").chmod(0o700)
+    profile = folder / "contained-profile.yaml"
+    values = yaml.safe_load((folder / "profile.yaml").read_text(encoding="utf-8")) | {
+        "ranks_per_node": 1,
+        "container": {"kind": "apptainer", "image": "image.sif", "python": sys.executable},
+        "setup": [f"export PATH={folder}/bin:$PATH"],
+        "cache_dir": str(folder / "local"),
+    }
+    profile.write_text(yaml.safe_dump(values), encoding="utf-8")
+    words = (str(recipe(folder, "contained")), "training.max_steps=2", "--cluster", str(profile))
+    fleetune(devcluster, "submit", *words)
+    run = runs.Run(folder / "contained")
+    assert eventually(lambda: not devcluster.slurm("squeue", "--noheader"), 240)
+    start, end = runs.read_jsonl(run.attempts)
+    assert (start["nodes"], end["reason"]) == (["node1", "node2"], "done")
+    own = folder / "local" / f"fleetune-{os.getuid()}"
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
 
 
 def test_a_run_goes_on_by_itself_and_loses_no_step_that_it_could_save(

@@ -195,7 +195,7 @@ def _caches(profile: Profile | None) -> list[Row]:
 def _cache(what: str, variable: str, place: Path) -> Row:
     kind = kind_of(place)
     if is_network(kind):
-        todo = f"set cache_dir in the cluster's profile; here: export {variable}=/tmp/{place.name}"
+        todo = f"set cache_dir in the cluster's profile; here: {variable}, a folder of yours on a local disk"
         return Row(what, f"{place} is on {kind}: ranks may hang there", "warning", todo)
     return Row(what, f"{place} on {kind or 'a disk'}")
 

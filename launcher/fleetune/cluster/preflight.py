@@ -35,8 +35,6 @@ def check(recipe: Recipe, profile: Profile, file: Path) -> list[str]:
     slurm.require()
     _refuse_folder(Path(recipe.output_dir))
     said = [*_unshared(recipe), *_not_cached(recipe, profile), *_no_image(profile, file), *overriding()]
-    if "clusters" in profile.extra:  # another than the one that would be asked
-        return said
     cluster = ask(associations=bool(profile.account or profile.qos))
     if found := list(faults(profile, cluster)):
         raise RecipeError("\n".join(lines(found, file)))

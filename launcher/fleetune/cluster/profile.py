@@ -150,6 +150,7 @@ OURS = {
     "open-mode": "nothing: logs stand in the run folder",
     "export": "environment",
     "chdir": "nothing: jobs start in the run folder",
+    "clusters": "nothing: send from that cluster's login node, or export SLURM_CLUSTERS",
     "dependency": "fleetune submit --after RUN",
     "wrap": "setup",
 }
@@ -211,7 +212,8 @@ class Profile(Section):
     environment: dict[Annotated[str, AfterValidator(_variable)], Literal_] = {}
     """Variables of every rank, NCCL's too."""
     cache_dir: Annotated[Word, AfterValidator(_absolute)] | None = None
-    """A folder on each node's own disk for Triton's cache and torch's extensions: shared ones hang."""
+    """A folder on each node's own disk, as /tmp: in it you get one that is closed to others, for Triton's cache and
+    torch's extensions. On a network file system they hang."""
     internet: bool = True
     """Whether the nodes reach it; else hub and wandb are off line there, and `fleetune sync` sends wandb the rest."""
     extra: dict[Annotated[str, AfterValidator(_option)], Annotated[str | int | bool, BeforeValidator(_value)]] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import getpass
 import math
 import os
 import re
@@ -28,6 +27,8 @@ SECONDS = 60.0  # for a controller that is being restarted
 LOOKS = 30  # a second apart, at a job that is between two states
 HELD_SECONDS = 120.0  # that Slurm holds a requeued job back
 ENDING_SECONDS = 10.0  # of which its last start may need as many to be gone
+# A person's own wishes as to what these commands show and touch: SQUEUE_PARTITION hides jobs of other partitions.
+WISHES = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SCONTROL_")
 
 
 class SlurmFailed(RuntimeError):
@@ -139,10 +140,11 @@ def require() -> None:
 
 def command(*words: str, typed: str | None = None, seconds: float = SECONDS) -> str:
     """What a command says; `typed` goes to its standard input. Raises SlurmFailed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(WISHES)}
     try:
         done = subprocess.run(
             words, input=typed, capture_output=True, text=True, timeout=seconds, check=False,
-            env=os.environ | {"SLURM_TIME_FORMAT": "standard"},
+            env=environment | {"SLURM_TIME_FORMAT": "standard"},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise SlurmFailed(f"{words[0]}: no answer in {seconds:.0f} s") from None
@@ -153,10 +155,12 @@ def command(*words: str, typed: str | None = None, seconds: float = SECONDS) -> 
     return done.stdout
 
 
-def queue(user: str | None = None) -> dict[str, Job]:
-    """The user's jobs in the queue and those that have just left it, by id; one query."""
-    fields = "%i|%T|%r|%N|%S|%j"
-    lines = command("squeue", "--noheader", "--states=all", f"--user={user or getpass.getuser()}", f"--format={fields}")
+def queue() -> dict[str, Job]:
+    """This user's jobs in the queue and those that have just left it, by id; one query.
+
+    By the number: a name that is taken from LOGNAME may be another's.
+    """
+    lines = command("squeue", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r|%N|%S|%j")
     jobs = {}
     for line in lines.splitlines():
         id_, state, reason, nodes, begins, name = (field.strip() for field in line.split("|", 5))
@@ -171,6 +175,7 @@ def accounted(ids: Iterable[str] = (), names: Iterable[str] = ()) -> dict[str, l
     """
     by = [f"--jobs={','.join(ids)}"] if (ids := list(ids)) else []
     by += [f"--name={','.join(names)}"] if (names := list(names)) else []
+    by += [f"--clusters={clusters}"] if (clusters := os.environ.get("SLURM_CLUSTERS")) else []  # others read it
     words = ("sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", "--starttime=now-30days", *by)
     try:
         lines = command(*words, "--format=JobIDRaw,State,NodeList,Start,End,JobName")
@@ -208,8 +213,21 @@ def seconds_of(text: str) -> float | None:
 
 
 def hosts(nodes: str) -> list[str]:
-    """Of Slurm's short form: node[1-3] is node1, node2, node3."""
-    return command("scontrol", "show", "hostnames", nodes).split() if nodes else []
+    """Of Slurm's short form: node[1-3] is node1, node2, node3. By hand: inside a container there is no scontrol."""
+    return [host for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes) for host in _hosts_of(part)]
+
+
+def _hosts_of(part: str) -> list[str]:
+    """Of a part without a comma outside its brackets: rack[1-2]node[08-10]."""
+    before, bracket, rest = part.partition("[")
+    if not bracket:
+        return [part]
+    ranges, _, after = rest.partition("]")
+    ends, found = _hosts_of(after), []
+    for first, _, last in (one.partition("-") for one in ranges.split(",")):
+        numbers = range(int(first), int(last or first) + 1)
+        found += [f"{before}{number:0{len(first)}}{end}" for number in numbers for end in ends]
+    return found
 
 
 def requeue(id_: str) -> None:

@@ -7,18 +7,18 @@ token in the job's name and comment. Whoever comes next finds the job by the tok
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import secrets
-import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -26,13 +26,23 @@ from fleetune import opening, runs
 from fleetune.attempts import end_attempt, unended
 from fleetune.batch import cut_batch
 from fleetune.cluster import slurm, snapshot
+from fleetune.cluster.batch_script import job_name, parameters, python_of
 from fleetune.cluster.local import Layout
-from fleetune.cluster.profile import CONTROL, Profile, minutes_of
+from fleetune.cluster.profile import CONTROL, Profile
 from fleetune.cluster.supervisor import supervise
 from fleetune.report import no_run
 from fleetune.schema import Recipe, RecipeError, hours_between_failures
 
 SENDING_SECONDS = 60.0  # after which an sbatch that was begun on another machine has come to its end
+# What sbatch says where it has had no answer; the controller may have taken the job.
+UNANSWERED = re.compile(
+    r"timed out|unable to contact|zero bytes|communication|connect(ion|ed)|message (send|receive|length)|"
+    r"unexpected message|broken pipe|temporarily",
+    re.IGNORECASE,
+)
+# Variables of the job, or the task, that this process may run in; where the cluster is and who asks, it may say itself.
+OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
+OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class Sent:
 
 
 def submit(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sent:
-    """Sends the recipe's run, to begin once the run `after` is done. `standing` says whether it was sent before.
+    """Sends the recipe's run, to begin once the run `after` is done; or finds it, where it was sent before.
 
     Raises:
         RecipeError: the recipe does not fit the profile or the run that is there; Slurm refuses; whether the run was
@@ -55,10 +65,46 @@ def submit(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sent:
     before = None if after is None else awaited(after)
     layout = Layout(profile.nodes, profile.ranks, profile.cpus_per_rank)
     cut_batch(recipe.training, layout.world_size)
-    base = runs.Run(Path(recipe.output_dir) / recipe.name)
-    if CONTROL.search(str(base.path)):
-        raise RecipeError(f"output_dir = {recipe.output_dir!r}: has a line break or another control character")
-    makes = not base.path.exists()
+    with _alone(runs.Run(Path(recipe.output_dir) / recipe.name)):
+        return standing(recipe, profile, after) or _send(recipe, profile, layout, after, before)
+
+
+@contextlib.contextmanager
+def _alone(run: runs.Run) -> Iterator[None]:
+    """One at a time sends a run; who comes meanwhile waits, and finds its job.
+
+    By a lock beside the run's folder, which may not be there yet. It ends with its process; where the file system has
+    no locks, nobody waits.
+    """
+    if CONTROL.search(str(run.path)):
+        raise RecipeError(f"output_dir = {str(run.path.parent)!r}: has a line break or another control character")
+    path = run.path.with_name(f".{run.path.name}.sending")
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a")
+        except OSError as error:
+            raise RecipeError(f"output_dir = {str(path.parent)!r}: cannot be written: {error.strerror}") from None
+        with file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _stands_at(path, file):
+                continue  # the one that was waited for has taken it away
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _stands_at(path: Path, file: IO[str]) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
+def _send(recipe: Recipe, profile: Profile, layout: Layout, after: Path | None, before: str | None) -> Sent:
+    makes = not (Path(recipe.output_dir) / recipe.name).exists()
     recipe = with_failures(recipe, profile)
     run = opening.open_run(recipe, layout.stored(), is_queued=False)
     _forget_cancelling(run)
@@ -78,10 +124,11 @@ def submit(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sent:
     runs.write_json(run.path / "job.json", job)
     executor = _executor(run, profile, token, copy, before)
     try:
-        sent = executor.submit(supervise, str(run.path))
+        with _outside_any_job():
+            sent = executor.submit(supervise, str(run.path))
     except Exception as error:  # submitit's own kinds: sbatch's words stand in the message
         # sbatch may give up on a slow controller that takes the job nevertheless.
-        if (id_ := _by_name(_name(run, token), slurm.queue())) is None:
+        if (id_ := _by_name(job_name(run, token), _is_refusal(error))) is None:
             (run.path / "job.json").unlink()
             if makes:
                 _take_away(run)
@@ -125,6 +172,7 @@ def standing(recipe: Recipe, profile: Profile, after: Path | None = None) -> Sen
     slurm.require()
     recipe = with_failures(recipe, profile)
     run = runs.Run(Path(recipe.output_dir) / recipe.name)
+    opening.refuse_another_user(run)
     if not (run.path / "run.json").exists():
         return attached(run)
     found = attached(run) or _finished(recipe, run)
@@ -186,7 +234,8 @@ def test_only(text: str) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(text)
         file.flush()
-        done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False)
+        with _outside_any_job():
+            done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line for line in done.stderr.strip().splitlines() if not line.startswith("Try ")]
         raise RecipeError(f"the run would not be sent; {'; '.join(said) or f'sbatch: {done.returncode}'}")
@@ -204,14 +253,19 @@ def attached(run: runs.Run) -> Sent | None:
     job = runs.read_json(path)
     if "id" not in job:
         _wait_for_sbatch(job)
-        if (id_ := _by_name(_name(run, job["token"]), slurm.queue())) is None:
+        if (id_ := _by_name(job_name(run, job["token"]))) is None:
             return None
         _finish(job, id_)
         job["id"] = id_
         runs.write_json(path, job)
-    found = slurm.queue().get(job["id"])
-    if found is None or not found.is_live:
-        return None
+    for _ in range(slurm.LOOKS):
+        found = slurm.queue().get(job["id"])
+        if found is None or not found.is_live:
+            return None
+        if found.state != "COMPLETING":  # from which it goes back into the queue, or leaves it
+            break
+        time.sleep(1.0)
+    assert found is not None
     if (run.path / "cancel.json").exists():
         raise RecipeError(f"{run.path}: job {found.id} is being cancelled; submit it again when that has ended")
     return Sent(run, found.id, found.state, is_new=False)
@@ -226,11 +280,31 @@ def with_failures(recipe: Recipe, profile: Profile) -> Recipe:
     return recipe.model_copy(update={"checkpoint": filled})
 
 
-def _by_name(name: str, queue: dict[str, slurm.Job]) -> str | None:
-    """Raises RecipeError where the job may have left the queue, and nothing keeps account of it."""
-    for job in queue.values():
+@contextlib.contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """sbatch takes what stands in the environment for the job's own, and hands it on: from within a job, another's."""
+    taken = {name: os.environ[name] for name in os.environ if name.startswith(OF_A_JOB) and name not in OF_THE_SITE}
+    for name in taken:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether sbatch itself said why there is no job; else the job may be there."""
+    return "sbatch: " in str(error) and not UNANSWERED.search(str(error))
+
+
+def _by_name(name: str, is_refused: bool = False) -> str | None:
+    """Raises RecipeError where the job may have left the queue, and nothing keeps account of it. One that was refused
+    is in neither."""
+    for job in slurm.queue().values():
         if job.name == name:
             return job.id
+    if is_refused:
+        return None
     accounted = slurm.accounted(names=[name])
     if accounted is None:
         raise RecipeError(
@@ -238,10 +312,6 @@ def _by_name(name: str, queue: dict[str, slurm.Job]) -> str | None:
             "(sacct fails); if it has not run, remove job.json from the run's folder"
         )
     return next(iter(accounted), None)
-
-
-def _name(run: runs.Run, token: str) -> str:
-    return f"{run.path.name}-{token}"
 
 
 def _wait_for_sbatch(job: dict[str, Any]) -> None:
@@ -276,93 +346,9 @@ def _folder(run: runs.Run, token: str) -> str:
 def _executor(run: runs.Run, profile: Profile, token: str, code: Path, before: str | None) -> Any:
     import submitit
 
-    executor = submitit.SlurmExecutor(_folder(run, token), python=_python(profile, run))
-    executor.update_parameters(**_parameters(run, profile, token, code, before))
+    executor = submitit.SlurmExecutor(_folder(run, token), python=python_of(profile, run))
+    executor.update_parameters(**parameters(run, profile, token, code, before))
     return executor
-
-
-def _parameters(run: runs.Run, profile: Profile, token: str, code: Path, before: str | None) -> dict[str, Any]:
-    words = {name: getattr(profile, name) for name in ("partition", "account", "qos", "constraint")}
-    gpus = profile.gpus_per_node
-    more: dict[str, Any] = dict(profile.extra) | {"requeue": True, "chdir": str(run.path)}
-    if before:
-        more = {"kill-on-invalid-dep": "yes"} | more  # else it waits for ever
-    if profile.reservation:
-        more["reservation"] = profile.reservation
-    if gpus:
-        more["gres"] = f"gpu:{profile.gpu_type}:{gpus}" if profile.gpu_type else f"gpu:{gpus}"
-    if profile.memory:
-        more["mem"] = profile.memory
-    words, more = _literally(words), _literally(more)
-    return {
-        **{name: value for name, value in words.items() if value},
-        "job_name": _name(run, token),
-        "comment": f"fleetune:{token}",
-        "time": minutes_of(profile.time),
-        "nodes": profile.nodes,
-        "ntasks_per_node": profile.ranks,
-        "cpus_per_task": profile.cpus_per_rank,
-        "signal_delay_s": profile.stop_seconds,
-        "dependency": f"afterok:{before}" if before else None,
-        "additional_parameters": more,
-        # One rank's end that is no success ends them all; srun has not passed cpus-per-task on since 22.05.
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={profile.cpus_per_rank}", *_container(profile, run)],
-        "setup": _setup(run, profile, code),
-        # Runs once srun has ended, in whatever way: records it, and requeues where there is more to do.
-        "teardown": [f"{_verdict(run)} $?"],
-    }
-
-
-def _literally(options: dict[str, Any]) -> dict[str, Any]:
-    """sbatch takes a backslash in an #SBATCH line for the sign that quotes the next letter, in quotes too."""
-    return {name: v.replace("\\", "\\\\") if isinstance(v, str) else v for name, v in options.items()}
-
-
-def _setup(run: runs.Run, profile: Profile, code: Path) -> list[str]:
-    variables = {"PYTHONUNBUFFERED": "1", **profile.environment}
-    if profile.cache_dir:
-        variables |= {
-            "TRITON_CACHE_DIR": f"{profile.cache_dir}/triton",
-            "TORCH_EXTENSIONS_DIR": f"{profile.cache_dir}/torch_extensions",
-        }
-    if not profile.internet:
-        variables |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-    return [
-        *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
-        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        *(_watched(profile.setup, run) if profile.setup else ()),
-    ]
-
-
-def _watched(lines: list[str], run: runs.Run) -> list[str]:
-    """Lines of shell whose first failure, or own `exit`, is the job's end. Not by set -e: what a function such as
-    `module` or `conda` tries inside may fail, if the function then does not."""
-    return [
-        "trap 'exit $?' ERR",
-        f"trap {shlex.quote(f'{_verdict(run)} $? setup')} EXIT",
-        "trap 'trap - ERR EXIT; exit 143' TERM",  # it is Slurm that ends the job
-        *lines,
-        "trap - ERR EXIT TERM",
-    ]
-
-
-def _verdict(run: runs.Run) -> str:
-    return f"exec {shlex.quote(sys.executable)} -m fleetune.cluster.verdict {shlex.quote(str(run.path))}"
-
-
-def _python(profile: Profile, run: runs.Run) -> str:
-    if profile.container is not None and profile.container.kind == "apptainer":
-        image, mounts = profile.container.image, [str(run.path), *profile.container.mounts]
-        words = ["apptainer", "exec", *(("--nv",) if profile.gpus_per_node else ()), "--bind", ",".join(mounts), image]
-        return shlex.join([*words, profile.container.python])
-    return shlex.quote(profile.container.python if profile.container else sys.executable)
-
-
-def _container(profile: Profile, run: runs.Run) -> list[str]:
-    if profile.container is None or profile.container.kind != "pyxis":
-        return []
-    mounts = ",".join([f"{run.path}:{run.path}", *profile.container.mounts])
-    return [f"--container-image={profile.container.image}", f"--container-mounts={mounts}"]
 
 
 def _said(error: Exception) -> str:

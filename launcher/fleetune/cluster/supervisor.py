@@ -35,7 +35,6 @@ from fleetune.cluster.verdict import close_last, notes_of, sent_at
 from fleetune.recipe import dump_recipe, in_this_machines_precision
 from fleetune.schema import Recipe, RecipeError
 
-WAIT_SECONDS = 1800.0  # for rank 0 to prepare the data
 LEASE_WAIT = 2 * runs.LEASE_SECONDS  # for the lease of an attempt whose node died
 GRACE_SECONDS = 5.0  # in which other ranks may still say how they ended
 HANG_SECONDS = 60.0  # or where they hang: a network file system shows a new file late
@@ -82,6 +81,7 @@ def supervise(path: str) -> None:
     notes = notes_of(run, task.job, task.restart)
     notes.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
+        _make_caches_private()
         with _lead(run, task, notes, heard) if task.rank == 0 else contextlib.nullcontext(lambda: None) as beat:
             start = _await_start(run, notes, heard)
             code, reason = _train(run, task, notes, start, heard, beat)
@@ -104,6 +104,24 @@ def _let_others_speak(notes: Path, task: Task) -> None:
         time.sleep(1.0)
 
 
+def _make_caches_private() -> None:
+    """The folder in `cache_dir` on this node: what is compiled there is loaded as code, so that none but this user may
+    write to it. Raises RecipeError where that cannot be."""
+    if (name := os.environ.get("FLEETUNE_COMPILED")) is None:
+        return
+    folder, where = Path(name), f"cache_dir: {name} on {socket.gethostname()}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        is_own = folder.lstat().st_uid == os.getuid()  # of a link, whose it is
+        if is_own:
+            folder.chmod(0o700)
+    except OSError as error:
+        right = "cache_dir should be a folder in which every user may make one, as /tmp"
+        raise RecipeError(f"{where} cannot be made: {error.strerror}; {right}") from None
+    if not is_own:
+        raise RecipeError(f"{where} belongs to another user, and no compiled code is taken from it; choose another")
+
+
 # ---------------------------------------------------------------- rank 0 begins the attempt
 
 
@@ -114,7 +132,7 @@ def _lead(run: runs.Run, task: Task, notes: Path, heard: list[int]) -> Any:
     _stop_early(run, heard)
     layout = local.Layout(task.nodes, task.world_size // task.nodes, int(os.environ.get("SLURM_CPUS_PER_TASK", "1")))
     asked = run.recipe()
-    report = local.prepare(asked)
+    report = local.prepare(asked, _Asked(heard=heard, run=run))
     recipe = in_this_machines_precision(asked, report)
     batch = cut_batch(recipe.training, task.world_size)
     steps = total_steps(recipe.training, report["sequences"], batch)
@@ -122,6 +140,7 @@ def _lead(run: runs.Run, task: Task, notes: Path, heard: list[int]) -> Any:
         runs.write_json(run.path / "run.json", run.info() | {"fp32_for_bf16": True})
         runs.write_text(run.recipe_file, dump_recipe(recipe))
     _await_free(run)
+    close_last(run, task.job, task.restart)  # one that seemed to be at work, as its lease had not run out
     opening.open_run(_at(recipe, run), layout.stored(), False, report["content"] + report["teachers"], steps)
     runs.write_json(
         run.path / "run.json", run.info() | {"total_steps": steps, "global_batch_size": batch.global_batch_size}
@@ -190,14 +209,13 @@ def _meeting_place(hosts: list[str]) -> tuple[str, int]:
 
 
 def _await_start(run: runs.Run, notes: Path, heard: list[int]) -> dict[str, Any]:
-    deadline, pause = time.monotonic() + WAIT_SECONDS, 0.2
+    """However long rank 0 prepares the data: where it dies, srun or Slurm ends those that wait."""
+    pause = 0.2
     while not (notes / "start.json").exists():
         _stop_early(run, heard)
         if (ended := notes / "ended-0.json").exists():
             found = runs.read_json(ended)
             raise local.PreparationFailed(f"rank 0 did not start: {found['reason']}")
-        if time.monotonic() > deadline:
-            raise local.PreparationFailed(f"rank 0 did not start in {WAIT_SECONDS:.0f} s")
         time.sleep(pause)
         pause = min(2.0, 1.2 * pause)  # there may be a thousand that look
     return runs.read_json(notes / "start.json")
@@ -278,8 +296,19 @@ def _asked_to_stop(heard: list[int]) -> bool:
     return any(number != signal.SIGCONT for number in heard)
 
 
+@dataclass(kw_only=True)
+class _Asked(local.Stop):
+    """Whether this task was asked to stop, by a signal or by the run's folder."""
+
+    heard: list[int]
+    run: runs.Run
+
+    def __bool__(self) -> bool:
+        return _asked_to_stop(self.heard) or _is_cancelled(self.run)
+
+
 def _stop_early(run: runs.Run, heard: list[int]) -> None:
-    if _asked_to_stop(heard) or _is_cancelled(run):
+    if _Asked(heard=heard, run=run):
         raise local.StoppedEarly
 
 

@@ -168,11 +168,12 @@ def given_up(run: runs.Run) -> str | None:
 
 
 def close_last(run: runs.Run, job: str, restart: int) -> None:
-    """Ends an attempt that Slurm ended before it could be: a dead node, or `scontrol requeue`.
+    """Ends an attempt that Slurm ended before it could be: a dead node, or `scontrol requeue`. One that is at work, of
+    another job or on a machine without Slurm, is left alone.
 
     Raises RecipeError where no further one is to be made.
     """
-    for entry in unended(run):
+    for entry in () if runs.is_at_work(run) else unended(run):
         began = began_of(entry)
         starts = (slurm.accounted(ids=[job]) or {}).get(job, [])
         state, ended = next(((one.state, one.ended) for one in starts if (one.ended or 0.0) > began), ("", None))

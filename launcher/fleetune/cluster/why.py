@@ -13,7 +13,7 @@ from fleetune.cluster import slurm
 from fleetune.cluster.logs import last_words
 from fleetune.cluster.verdict import given_up
 from fleetune.ledger import ledger_of
-from fleetune.report import duration
+from fleetune.report import duration, no_run
 from fleetune.schema import RecipeError
 
 # Why Slurm lets a job wait; %r of squeue.
@@ -86,8 +86,8 @@ def why(run: runs.Run) -> list[str]:
     Raises:
         RecipeError: it is no run folder.
     """
-    if not (run.path / "run.json").exists():
-        raise RecipeError(f"{run.path}: is no run folder (it has no run.json)")
+    if (fault := no_run(run.path)) is not None:
+        raise RecipeError(fault)
     entries = runs.read_jsonl(run.attempts)
     ends = [entry for entry in entries if entry["event"] == "end"]
     job = _job(run)
