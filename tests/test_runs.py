@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fleetune import opening, runs
+from fleetune import comparison, opening, runs, sync
 from fleetune.attempts import end_attempt, start_attempt
 from fleetune.cluster import slurm
 from fleetune.cluster.profile import Profile
@@ -319,8 +319,10 @@ def foreign(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         lambda folder: open_run(recipe(folder), LAYOUT),
         lambda folder: standing(recipe(folder), Profile(time="4h")),
         lambda folder: why(Run(folder / "runs" / "tiny")),
+        lambda folder: comparison.find([folder / "runs" / "tiny"]),
+        lambda folder: sync.sync([folder / "runs" / "tiny"], watch=False),
     ],
-    ids=["run", "submit", "why"],
+    ids=["run", "submit", "why", "compare", "sync"],
 )
 def test_a_run_of_another_user_is_refused_though_nobody_else_may_look_into_it(
     look: Callable[[Path], object], foreign: Path

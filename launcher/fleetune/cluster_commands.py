@@ -171,11 +171,13 @@ def cancel(run: RunFolder, now: Annotated[bool, typer.Option("--now", help="With
     """Stop a run on the cluster; it is saved first, and `submit` goes on with it."""
     from fleetune import runs
     from fleetune.cluster import slurm
+    from fleetune.opening import refuse_closed
     from fleetune.schema import RecipeError
 
-    file, was = run / "cancel.json", None
-    is_first = not file.exists()
+    file, was, is_first = run / "cancel.json", None, False
     try:
+        refuse_closed(run)
+        is_first = not file.exists()
         job = slurm.job_of(run)
         runs.write_json(file, {"job": job})  # before it is asked: what ends the attempt looks for this
         was = slurm.end(job, at_once=now)

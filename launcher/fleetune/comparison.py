@@ -21,6 +21,7 @@ from rich.table import Table
 
 from fleetune import runs, sizes
 from fleetune.gap import gaps_closed, missing_ends
+from fleetune.opening import refuse_closed
 from fleetune.schema import Recipe, RecipeError, teachers_of
 
 WIDTH = 100  # of a table; runs that find no room stand in a second one
@@ -61,6 +62,7 @@ def find(folders: list[Path]) -> list[Compared]:
     found: dict[Path, Compared] = {}
     for given in folders:
         path = given.resolve()
+        refuse_closed(path)
         if path.name == "model" and (path.parent / "run.json").exists():
             path = path.parent
         if not (path / "run.json").exists() and (path / "config.json").exists():

@@ -154,6 +154,16 @@ def refuse_another_user(run: Run) -> None:
         raise RecipeError(f"{run.path}: {ANOTHER_USERS}")
 
 
+def refuse_closed(folder: Path) -> None:
+    """Raises RecipeError where what stands in the folder may not be looked at."""
+    try:
+        (folder / "run.json").stat()
+    except PermissionError:
+        raise RecipeError(f"{folder}: {ANOTHER_USERS}") from None
+    except OSError:
+        pass
+
+
 def refuse_another_recipe(
     run: Run, recipe: Recipe, layout: dict[str, int], data: str | None = None, is_queued: bool = False
 ) -> None:

@@ -17,7 +17,8 @@ from rich.text import Text
 from fleetune import runs
 from fleetune.attempts import last_step
 from fleetune.ledger import ledger_of
-from fleetune.opening import ANOTHER_USERS
+from fleetune.opening import refuse_closed
+from fleetune.schema import RecipeError
 
 if TYPE_CHECKING:
     from fleetune.cluster.doctor_slurm import Row
@@ -112,12 +113,10 @@ def statuses(folders: list[Path], jobs: dict[Path, Job]) -> Table:
 def no_run(folder: Path) -> str | None:
     """Why a folder is no run that can be looked at; None where it is one."""
     try:
-        (folder / "run.json").stat()
-    except PermissionError:
-        return f"{folder}: {ANOTHER_USERS}"
-    except OSError:
-        return f"{folder}: is no run folder (it has no run.json)"
-    return None
+        refuse_closed(folder)
+    except RecipeError as error:
+        return str(error)
+    return None if (folder / "run.json").exists() else f"{folder}: is no run folder (it has no run.json)"
 
 
 def _status(run: runs.Run, job: Job | None) -> list[str]:

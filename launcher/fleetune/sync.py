@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fleetune import runs
 from fleetune.cluster import local, slurm
+from fleetune.opening import refuse_closed
 from fleetune.report import goes_on
 from fleetune.schema import RecipeError
 
@@ -73,6 +74,7 @@ def sync(folders: Iterable[Path], watch: bool) -> int:
 
 
 def _require_tracked(path: Path, watch: bool) -> None:
+    refuse_closed(path)
     if watch and (path / "run.json").exists():  # it may wait for its nodes, with nothing to send yet
         if runs.Run(path).recipe().tracking.wandb is None:
             raise RecipeError(f"{path}: is not tracked by wandb (its recipe has no tracking.wandb)")

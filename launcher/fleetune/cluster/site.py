@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
+import os
+import pwd
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -117,7 +118,8 @@ def _nodes(row: str) -> Nodes:
 
 
 def _associations(seconds: float) -> Iterator[Association]:
-    words = ("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={getpass.getuser()}")
+    user = pwd.getpwuid(os.getuid()).pw_name
+    words = ("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}")
     for row in slurm.command(*words, "format=account,partition,qos", seconds=seconds).splitlines():
         account, partition, qos = row.split("|", 2)
         yield Association(account, partition, tuple(name for name in qos.split(",") if name))
