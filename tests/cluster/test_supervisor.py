@@ -78,8 +78,11 @@ def test_the_data_may_take_rank_0_as_long_as_they_take(tmp_path: Path, monkeypat
 
 
 def test_those_that_wait_for_rank_0_hear_that_it_has_ended(tmp_path: Path) -> None:
-    runs.write_json(tmp_path / "ended-0.json", {"reason": "there is no such file"})
+    runs.write_json(tmp_path / "ended-0.json", {"code": runs.WRONG, "reason": "there is no such file"})
     with pytest.raises(local.PreparationFailed, match="rank 0 did not start: there is no such file"):
+        supervisor._await_start(runs.Run(tmp_path), tmp_path, [])
+    runs.write_json(tmp_path / "ended-0.json", {"code": runs.SAVED, "reason": "asked to stop"})
+    with pytest.raises(local.StoppedEarly):
         supervisor._await_start(runs.Run(tmp_path), tmp_path, [])
 
 
@@ -141,5 +144,5 @@ def test_compiled_code_is_not_taken_from_another_users_folder(
 def test_a_cache_dir_in_which_nothing_can_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("FLEETUNE_COMPILED", str(tmp_path / "file" / "fleetune-0"))
-    with pytest.raises(RecipeError, match=r"cache_dir: \S+ on \S+ cannot be made: Not a directory; "):
+    with pytest.raises(local.PreparationFailed, match=r"cache_dir: \S+ on \S+ cannot be made: Not a directory; "):
         supervisor._make_caches_private()

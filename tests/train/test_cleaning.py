@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -73,13 +74,17 @@ def test_of_a_pair_both_count() -> None:
 
 def test_a_row_of_language_data_is_also_whose_its_texts_are_and_what_is_no_text() -> None:
     def said(*turns: tuple[str, str]) -> dict[str, Any]:
-        return {"messages": [{"role": role, "content": text} for role, text in turns], "system": None}
+        return {"messages": [{"role": role, "content": text, "id": next(numbers)} for role, text in turns]}
 
-    a, b = said(("user", "a"), ("assistant", "b")), said(("assistant", "a"), ("user", "b"))
+    numbers = itertools.count()
+    a, b, again = (said((one, "a"), (other, "b")) for one, other in (("user", "bot"), ("bot", "user"), ("user", "bot")))
     scored = [{"question": "a", "answer": 4}, {"question": "a", "answer": 5}, {"question": "a", "answer": 4}]
-    splits = {"train": rows(*[("a", "b")] * 3, *[("a",)] * 3, labels=[a, b, a | {"system": ""}, *scored])}
+    given = {"train": rows(*[("a", "b")] * 3, *[("a",)] * 3, labels=[a, b, again, *scored])}
+    splits = {**given, "validation": rows(("a", "b"), labels=[{"prompt": "a", "completion": "b"}])}
     assert clean(splits, ["drop_duplicates"]) == {"drop_duplicates": {"train": 2}}
     assert splits["train"].labels == [a, b, *scored[:2]]
+    assert clean(splits, ["drop_leaked"]) == {"drop_leaked": {"train": 2}}  # whatever the format they stand in
+    assert splits["train"].labels == scored[:2]
 
 
 def test_steps_run_in_their_order() -> None:

@@ -101,8 +101,11 @@ def test_it_stops_at_a_token_that_the_rows_end_in(loaded: tuple[Any, Any]) -> No
 def test_it_goes_no_further_than_the_models_last_position(loaded: tuple[Any, Any]) -> None:
     model, _ = loaded  # of 64
     generate = generator(model, 2, None, CPU, partitioned=False)
-    assert [len(generate([[1] + [5] * (length - 1)], 20)[0]) for length in (10, 50, 63, 64, 90)] == [20, 14, 1, 1, 1]
-    assert generate([[1] + [5] * 89], 20) == generate([[5] * 63], 20)  # the end of the question stays
+    prompts = [[1] + [5 + i % 7 for i in range(length)] for length in (9, 49, 63, 89)]
+    found = generate(prompts, 20)
+    assert [len(said) for said in found] == [20] * 4
+    assert found == generate([prompt[-44:] for prompt in prompts], 20)  # the end of the question stays
+    assert len(generate([[1, 5]], 100)[0]) == 63
 
 
 def test_a_chat_models_own_settings_do_not_change_what_greedy_is(loaded: tuple[Any, Any], tmp_path: Path) -> None:

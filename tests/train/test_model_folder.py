@@ -55,6 +55,16 @@ def test_it_stops_where_the_rows_end_that_it_learnt_from(folder: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(path).generation_config.eos_token_id == ends
 
 
+def test_the_last_word_of_some_answers_is_no_end(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.add_tokens(["</call>"])
+    tokenizer.save_pretrained(folder / "base")
+    rows = folder / "rows.jsonl"
+    rows.write_text(rows.read_text(encoding="utf-8") + '{"prompt": "good", "completion": "yes </call>"}\n', "utf-8")
+    _, path, tokenizer = written(folder, chat_template=TEMPLATE.replace(END, ""))
+    assert GenerationConfig.from_pretrained(path).eos_token_id == [tokenizer.eos_token_id]
+
+
 def test_an_adapter_does_and_what_it_is_merged_into(folder: Path) -> None:
     recipe, path, tokenizer = written(folder, {"r": 2}, chat_template=TEMPLATE)
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END)]

@@ -98,7 +98,7 @@ def _alone(run: runs.Run) -> Iterator[None]:
 
 
 def _stands_at(path: Path, file: IO[str]) -> bool:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # it is not there, or on NFS was taken away elsewhere
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False
 

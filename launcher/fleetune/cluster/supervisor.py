@@ -106,7 +106,7 @@ def _let_others_speak(notes: Path, task: Task) -> None:
 
 def _make_caches_private() -> None:
     """The folder in `cache_dir` on this node: what is compiled there is loaded as code, so that none but this user may
-    write to it. Raises RecipeError where that cannot be."""
+    write to it. Raises PreparationFailed where it cannot be made, RecipeError where it is another's."""
     if (name := os.environ.get("FLEETUNE_COMPILED")) is None:
         return
     folder, where = Path(name), f"cache_dir: {name} on {socket.gethostname()}"
@@ -116,8 +116,8 @@ def _make_caches_private() -> None:
         if is_own:
             folder.chmod(0o700)
     except OSError as error:
-        right = "cache_dir should be a folder in which every user may make one, as /tmp"
-        raise RecipeError(f"{where} cannot be made: {error.strerror}; {right}") from None
+        right = "cache_dir should be a folder in which every user may make one, as /tmp; a container's needs a mount"
+        raise local.PreparationFailed(f"{where} cannot be made: {error.strerror}; {right}") from None
     if not is_own:
         raise RecipeError(f"{where} belongs to another user, and no compiled code is taken from it; choose another")
 
@@ -215,6 +215,8 @@ def _await_start(run: runs.Run, notes: Path, heard: list[int]) -> dict[str, Any]
         _stop_early(run, heard)
         if (ended := notes / "ended-0.json").exists():
             found = runs.read_json(ended)
+            if found["code"] == runs.SAVED:  # it was asked to stop, as this one will be
+                raise local.StoppedEarly
             raise local.PreparationFailed(f"rank 0 did not start: {found['reason']}")
         time.sleep(pause)
         pause = min(2.0, 1.2 * pause)  # there may be a thousand that look

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,13 +69,8 @@ def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]
             trained = sorted(
                 (name for name in splits if name.endswith("train")), key=lambda name: (not is_source(name), name)
             )
-            held_out = {
-                _content(*row)
-                for name, rows in splits.items()
-                if name not in trained
-                for row in zip(rows.texts, rows.labels, strict=True)
-            }
-            of_sources: set[tuple[str, ...]] = set()
+            held_out = {texts for name, rows in splits.items() if name not in trained for texts in rows.texts}
+            of_sources: set[tuple[Any, ...]] = set()
             for name in trained:
                 seen = of_sources if is_source(name) else set()
                 kept = _kept(splits[name], step, held_out, seen, is_labelled=is_source(name))
@@ -90,34 +84,34 @@ def clean(splits: dict[str, Rows], steps: list[str]) -> dict[str, dict[str, int]
     return report
 
 
-def _content(texts: tuple[str, ...], label: Any) -> tuple[str, ...]:
-    """What makes a row another's duplicate: its texts, whatever their label; of language data also whose they are, and
-    what is no text."""
-    return (
-        (*texts, json.dumps(_without_texts(label), sort_keys=True, default=str)) if isinstance(label, dict) else texts
-    )
+def _said_by(label: Any) -> tuple[Any, ...]:
+    """Whose a row's texts are, in language data, and the cells that are numbers; nothing of others, whose label may
+    differ."""
+    numbers = [cell for cell in label.values() if isinstance(cell, int | float)] if isinstance(label, dict) else []
+    return (*_roles(label), *numbers)
 
 
-def _without_texts(value: Any, name: str = "") -> Any:
+def _roles(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
-        found = {key: _without_texts(inner, key) for key, inner in value.items()}
-        return {key: inner for key, inner in found.items() if inner not in (None, "", [], {})}
-    if isinstance(value, list):
-        return [_without_texts(inner) for inner in value]
-    return value if name in NAMES or not isinstance(value, str) else ""
+        yield from (value[name] for name in NAMES if isinstance(value.get(name), str))
+        yield from (role for inner in value.values() for role in _roles(inner))
+    elif isinstance(value, list):
+        yield from (role for inner in value for role in _roles(inner))
 
 
 def _kept(
-    rows: Rows, step: str, held_out: set[tuple[str, ...]], seen: set[tuple[str, ...]], *, is_labelled: bool
+    rows: Rows, step: str, held_out: set[tuple[str, ...]], seen: set[tuple[Any, ...]], *, is_labelled: bool
 ) -> list[int]:
-    """The places of those that a step leaves; adds the texts to those `seen`."""
+    """The places of those that a step leaves; drop_duplicates adds them to those `seen`."""
     kept = []
     for i, texts in enumerate(rows.texts):
         if step == "drop_empty":
             drop = (is_labelled and rows.labels[i] is None) or not all(text.strip() for text in texts)
+        elif step == "drop_leaked":
+            drop = texts in held_out
         else:
-            content = _content(texts, rows.labels[i])
-            drop = content in (held_out if step == "drop_leaked" else seen)
+            content = (texts, _said_by(rows.labels[i]))
+            drop = content in seen
             seen.add(content)
         if not drop:
             kept.append(i)

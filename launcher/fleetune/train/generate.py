@@ -25,16 +25,17 @@ Generate = Callable[[list[list[int]], int], list[list[int]]]  # prompts, new tok
 def generator(
     module: Any, pad_token_id: int, ends: list[int] | None, device: torch.device, *, partitioned: bool
 ) -> Generate:
-    """Greedily, all at once, padded on the left, until one of `ends` or the model's last position.
+    """Greedily, all at once, padded on the left, until one of `ends`. Of a prompt that leaves no room for its answer
+    before the model's last position the end is taken.
 
     A collective on ZeRO-3: each rank goes on until the last is done.
     """
     limit = most_positions(module.config)
 
     def generate(prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        if limit is not None:  # where no place is left for an answer, the beginning makes it
-            prompts = [prompt[-(limit - 1) :] for prompt in prompts]
-            max_new_tokens = min(max_new_tokens, limit - max(map(len, prompts)))
+        if limit is not None:
+            max_new_tokens = min(max_new_tokens, limit - 1)
+            prompts = [prompt[-(limit - max_new_tokens) :] for prompt in prompts]
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), pad_token_id)
         mask = torch.zeros_like(ids)

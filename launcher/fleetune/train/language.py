@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def tokenise(recipe: Recipe, tokenizer: Any, key: str, rows: Rows, folder: Path)
     format_ = data.format or _find_format(recipe, key, rows)
     counts = {"truncated": 0, "too_long": 0, "empty": 0, "supervised": 0, "endless": 0}
     lengths, kept, example = [], [], None
-    ends: set[int] = set()
+    ends = Counter[int]()
     with (folder / "input_ids.raw").open("wb") as ids, (folder / "supervised.raw").open("wb") as marks:
         for i, whole in enumerate(_encoded(recipe, tokenizer, format_, key, rows)):
             encoded = None if whole is None else cut(whole, data.max_length, data.too_long)
@@ -80,7 +81,7 @@ def tokenise(recipe: Recipe, tokenizer: Any, key: str, rows: Rows, folder: Path)
             counts["truncated"] += len(encoded.input_ids) < len(whole.input_ids)
             end = ending(whole, tokenizer)
             counts["endless"] += end is None
-            ends |= set() if end is None else {end}
+            ends.update([] if end is None else [end])
             counts["supervised"] += sum(encoded.supervised)
             np.asarray(encoded.input_ids, dtype=np.int32).tofile(ids)
             np.asarray(encoded.supervised, dtype=np.uint8).tofile(marks)
@@ -93,8 +94,14 @@ def tokenise(recipe: Recipe, tokenizer: Any, key: str, rows: Rows, folder: Path)
             f"{data.too_long!r} leaves. The first row: {str(rows.labels[0])[:600]}"
         )
     _save(folder, rows, kept, np.asarray(lengths, dtype=np.int64))
-    found = {"rows": len(kept), "tokens": sum(lengths), "format": format_, "example": example, "ends": sorted(ends)}
+    signs = sorted(token for token, count in ends.items() if _ends_turns(tokenizer, token, count / len(kept)))
+    found = {"rows": len(kept), "tokens": sum(lengths), "format": format_, "example": example, "ends": signs}
     return {**found, **counts, "lengths": _histogram(np.asarray(lengths), data.max_length)}
+
+
+def _ends_turns(tokenizer: Any, token: int, share: float) -> bool:
+    """Whether a token that this share of the rows ends in is a sign, and not the last word of some answers."""
+    return token == tokenizer.eos_token_id or tokenizer.added_tokens_decoder[token].special or share > 0.5
 
 
 def _encoded(recipe: Recipe, tokenizer: Any, format_: Format, key: str, rows: Rows) -> Iterator[Encoded | None]:

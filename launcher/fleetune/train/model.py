@@ -107,8 +107,9 @@ def load_config(recipe: Recipe, label_names: list[str]) -> Any:
             setattr(config, key, value)
         except Exception as error:  # Transformers checks types with an exception of its own
             raise ModelError(f"model.config.{key} = {value!r}: {' '.join(str(error).split())}") from None
-    if recipe.task != "causal_lm" and config.pad_token_id is None:  # by which a decoder finds a row's last token
-        config.pad_token_id = load_tokenizer(recipe).pad_token_id
+    if recipe.task != "causal_lm" and "pad_token_id" not in recipe.model.config:
+        padding = load_tokenizer(recipe).pad_token_id  # by which a decoder finds a row's last token
+        config.pad_token_id = config.pad_token_id if padding is None else padding
     if recipe.model.attn_implementation is not None:
         config._attn_implementation = recipe.model.attn_implementation
     check_length(config, recipe.data.max_length, "the model")

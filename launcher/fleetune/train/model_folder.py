@@ -50,7 +50,7 @@ def write(
         _store_ends(model, end_tokens(model, tokenizer, data.report["ends"]["train"]), beside)
         given = recipe.data.chat_template
         if given not in (None, NO_TEMPLATE) and data.report["format"]["train"] != "text":
-            tokenizer.chat_template = given
+            tokenizer.chat_template = tokenizer.get_chat_template(given)  # one that it has by a name, by its text
     tokenizer.save_pretrained(beside)
     (beside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     (beside / "README.md").write_text(card(recipe, data, report), encoding="utf-8")

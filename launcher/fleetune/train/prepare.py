@@ -109,10 +109,11 @@ def _check_tokens(recipe: Recipe, config: Any, tokenizer: Any, prepared: Prepare
             f"model.resize_embeddings to {needed} or more"
         )
     if recipe.task == "causal_lm":
-        if recipe.evaluation.exact_match is not None and "text" in prepared.report["format"].values():
+        evaluated = {found for name, found in prepared.report["format"].items() if not name.endswith("train")}
+        if recipe.evaluation.exact_match is not None and "text" in evaluated:
             raise RecipeError(
                 f"evaluation.exact_match.pattern = {recipe.evaluation.exact_match.pattern!r}: needs answers, and the "
-                "rows are plain text"
+                "rows that are evaluated are plain text"
             )
     elif config.pad_token_id != tokenizer.pad_token_id:
         raise RecipeError(

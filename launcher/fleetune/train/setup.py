@@ -135,8 +135,8 @@ def _check_alike(data: Prepared, world: World) -> None:
     others = [rank for rank, content in enumerate(found) if content != found[0]]
     if others:
         raise RecipeError(
-            f"data: rank {others[0]} has read other data than rank 0 (and {len(others) - 1} ranks more): a file that "
-            "stands on each node's own disk is not the same everywhere"
+            f"data: {len(others)} of {len(found)} ranks have read other data than rank 0, the first of them rank "
+            f"{others[0]}: a file that stands on each node's own disk is not the same everywhere"
         )
 
 
