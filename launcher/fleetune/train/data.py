@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import json
 import re
+import secrets
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -227,7 +227,8 @@ def _make(recipe: Recipe, tokenizer: Any, folder: Path, alone: bool) -> None:
     for left in folder.parent.glob(f"{folder.name}.*.building"):  # by a kill
         if alone or time.time() - left.stat().st_mtime > STALE_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
-    building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".building", dir=folder.parent))
+    building = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.building")
+    building.mkdir()
     try:
         _build(recipe, tokenizer, building)
         if not (folder / "report.json").exists():
