@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.data_section import Data
-from fleetune.losses import (
-    OF_A_TEACHER,
-    OF_DOMAINS,
-    CrossEntropy,
-    Distillation,
-    Jmmd,
-    Mmd,
-    layers_of,
-)
+from fleetune.losses import OF_A_TEACHER, OF_DOMAINS, CrossEntropy, Distillation, Jmmd, Mmd, layers_of
 from fleetune.model_section import Model
 from fleetune.schema import (
     DATA_SUFFIXES,

@@ -50,7 +50,8 @@ def _in_trains_place(recipe: Recipe, data: str, split: str | None, names: list[s
 
 def _other_rows(recipe: Recipe, tokenizer: Any) -> Split:
     """The data that stands in train's place, whose faults are told as --data's."""
-    from fleetune.train.data import DROP_UNLABELLED, DataError, prepare
+    from fleetune.train.data import DataError, prepare
+    from fleetune.train.labels import DROP_UNLABELLED
 
     try:
         return prepare(recipe, tokenizer).splits["train"]
